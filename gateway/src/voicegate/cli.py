@@ -1,0 +1,204 @@
+"""`voicegate serve` and `voicegate fetch`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from voicegate import __version__, logs, models
+from voicegate.errors import ModelUnavailable, SettingsError
+from voicegate.settings import Settings, add_arguments
+
+if TYPE_CHECKING:
+    from voicegate.whisper import WhisperEngine
+
+EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
+EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
+EXIT_UNREACHABLE = 3  # fetch: no way to the hub
+EXIT_NOT_FOUND = 4  # fetch: the hub has no such model or revision
+
+HUB_TIMEOUT = 5.0  # seconds until an unreachable hub is given up
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="voicegate", description="A speech-to-text server with OpenAI's audio API.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"voicegate {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
+        "serve",
+        help="run the server",
+        description="Run the server. Every option can be set as VOICEGATE_<NAME> in the environment;"
+        " the key also as VOICEGATE_API_KEY. The model must be on this machine: see 'voicegate fetch'.",
+        epilog=f"Known models: {models.known_names()}.",
+        allow_abbrev=False,
+    )
+    add_arguments(serve)
+    fetch = commands.add_parser(
+        "fetch",
+        help="download a model from the hub into its cache (HF_HOME)",
+        epilog=f"Known models: {models.known_names()}."
+        " Exit status: 2 wrong name, 3 hub unreachable, 4 not found.",
+        allow_abbrev=False,
+    )
+    fetch.add_argument("--model", required=True, metavar="TEXT", help="name or hub id")
+    fetch.add_argument("--revision", default=None, metavar="TEXT", help="commit, tag or branch [main]")
+    given = vars(parser.parse_args(arguments))
+    if given.pop("command") == "fetch":
+        return fetch_model(given["model"], given["revision"])
+    try:
+        settings = Settings.load(given)
+    except SettingsError as error:
+        for problem in error.problems:
+            print(f"voicegate: {problem}", file=sys.stderr)
+        return EXIT_SETTINGS
+    return run_server(settings)
+
+
+def run_server(settings: Settings) -> int:
+    logs.configure(settings.log_level)
+    # Whatever a library might want to look up or report: this process talks to its clients only.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    model = models.resolve(settings.model)
+    try:
+        folder = models.locate(model, settings.revision or None)
+    except ModelUnavailable as error:
+        print(f"voicegate: --model: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+
+    from voicegate.whisper import WhisperEngine
+
+    try:
+        return asyncio.run(_serve(settings, model, lambda: WhisperEngine(settings, folder)))
+    except KeyboardInterrupt:
+        return 130
+
+
+async def _serve(settings: Settings, model: models.ModelName, make: Callable[[], WhisperEngine]) -> int:
+    import uvicorn
+
+    from voicegate.api import create_app
+
+    engine = make()
+    config = uvicorn.Config(
+        create_app(settings, model, engine),
+        host=settings.host,
+        port=settings.port,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            # uvicorn's own sends itself the signal again at the end, which skips our clean-up.
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            host, port = (sockets or [])[0].getsockname()[:2]
+            logs.event(
+                "listening",
+                host=host,
+                port=port,
+                model=model.id,
+                auth="key" if settings.api_key else "none",
+                version=__version__,
+            )
+
+    server = Server(config)
+    try:
+        sockets = [config.bind_socket()]
+    except SystemExit:  # uvicorn has logged the reason, but not the address
+        logs.event("cannot_listen", level=logging.ERROR, host=settings.host, port=settings.port)
+        await engine.stop()
+        return EXIT_FAILED
+    failure: list[str] = []
+
+    async def load() -> None:
+        # While this runs /health says 503 and requests wait in the queue.
+        try:
+            await engine.start()
+        except ModelUnavailable as error:
+            failure.append(str(error))
+            logs.event("model_load_failed", level=logging.ERROR, error=str(error))
+            server.should_exit = True
+
+    loading = asyncio.create_task(load())
+    try:
+        await server.serve(sockets)
+    finally:
+        loading.cancel()
+        await engine.stop()
+        for item in sockets:
+            item.close()
+    return EXIT_FAILED if failure else 0
+
+
+def fetch_model(name: str, revision: str | None) -> int:
+    try:
+        model = models.resolve(name)
+    except ModelUnavailable as error:
+        print(f"voicegate: --model: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    if model.repository is None:
+        print(
+            f"voicegate: --model: {name} is a folder on this machine; there is nothing to fetch",
+            file=sys.stderr,
+        )
+        return EXIT_SETTINGS
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        # First a small question with a short timeout: the download itself would retry for minutes.
+        found = HfApi().model_info(model.repository, revision=revision, timeout=HUB_TIMEOUT)
+        print(f"fetching {model.repository}{at or ' ' + (found.sha or '')}", file=sys.stderr)
+        folder = snapshot_download(
+            model.repository, revision=revision, allow_patterns=list(models.FILES), etag_timeout=HUB_TIMEOUT
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
+        print(f"voicegate: the hub has no public model {model.repository}{at}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    except HfHubHTTPError as error:
+        print(f"voicegate: {constants.ENDPOINT} refused {model.repository}: {error}", file=sys.stderr)
+        return EXIT_UNREACHABLE
+    except Exception as error:  # name resolution, connection, timeout, TLS: the client's own kinds of each
+        print(
+            f"voicegate: the hub at {constants.ENDPOINT} cannot be reached: {error}\n"
+            "voicegate: set HF_ENDPOINT to a mirror, or copy the model to this machine and give its folder"
+            " as the model",
+            file=sys.stderr,
+        )
+        return EXIT_UNREACHABLE
+    try:
+        models.locate(model, revision)
+    except ModelUnavailable as error:
+        print(f"voicegate: {error}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    print(folder)
+    return 0

@@ -1,0 +1,109 @@
+"""Errors as OpenAI's API shapes them: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class VoicegateError(Exception):
+    """What cannot be done, as a sentence for the person who runs the server."""
+
+
+class SettingsError(VoicegateError):
+    """The server must not start with these settings; holds every problem at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ModelUnavailable(VoicegateError):
+    """The model's files are not on this machine, or cannot be loaded."""
+
+
+class ApiError(Exception):
+    """An answer other than success, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.param = param
+        self.code = code
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def missing(param: str) -> ApiError:
+    return invalid(f"Missing required parameter: '{param}'.", param, "missing_required_parameter")
+
+
+def bad_audio(detail: str) -> ApiError:
+    return invalid(f"The file could not be read as audio: {detail}.", "file", "invalid_audio")
+
+
+def too_large(limit_mib: int) -> ApiError:
+    return ApiError(
+        413,
+        f"The upload is larger than this server takes ({limit_mib} MiB).",
+        param="file",
+        code="file_too_large",
+    )
+
+
+def unauthorized(given: bool) -> ApiError:
+    message = (
+        "Incorrect API key provided."
+        if given
+        else "You didn't provide an API key. Send it in the header 'Authorization: Bearer KEY'."
+    )
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def unknown_model(name: str, served: list[str]) -> ApiError:
+    names = ", ".join(f"'{item}'" for item in served)
+    return ApiError(
+        404,
+        f"The model '{name}' does not exist here. This server serves {names}.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def queue_full(limit: int, retry_after: int) -> ApiError:
+    return ApiError(
+        429,
+        f"The server is busy: {limit} requests are already waiting. Try again in {retry_after} s.",
+        type="rate_limit_error",
+        code="queue_full",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    return ApiError(503, message, type="server_error", code=code)
+
+
+def internal() -> ApiError:
+    return ApiError(
+        500,
+        "The server had an error while processing your request. Its log says more.",
+        type="server_error",
+        code="internal_error",
+    )

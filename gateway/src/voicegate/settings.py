@@ -1,0 +1,186 @@
+"""Everything that can be set, in one place, checked before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from voicegate import languages, models
+from voicegate.errors import ModelUnavailable, SettingsError
+
+DEVICES = ("auto", "cpu", "cuda")
+COMPUTE_TYPES = (
+    "auto",
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+    "int16",
+    "float16",
+    "bfloat16",
+    "float32",
+)
+LOG_LEVELS = ("debug", "info", "warning", "error")
+PREFIX = "VOICEGATE_"
+
+
+def _setting(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), low: int | None = None, high: int | None = None
+) -> Any:
+    meta = {"help": help, "choices": choices, "low": low, "high": high}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Settings:
+    host: str = _setting("127.0.0.1", "address to listen on")
+    port: int = _setting(8000, "port to listen on (0: any free one)", low=0, high=65535)
+    model: str = _setting("large-v3-turbo", "name, hub id (organisation/name) or local folder of the model")
+    revision: str = _setting("", "commit, tag or branch of the hub repository (default: the cached main)")
+    device: str = _setting("auto", "auto takes a GPU if one works", choices=DEVICES)
+    device_index: int = _setting(0, "which GPU", low=0)
+    compute_type: str = _setting(
+        "auto", "what the device cannot do is replaced, with a line in the log", choices=COMPUTE_TYPES
+    )
+    cpu_threads: int = _setting(
+        0, "threads for one transcription on a CPU (0: as many as cores, at most 8)", low=0
+    )
+    language: str = _setting("", "language of requests that name none (default: detect it)")
+    beam_size: int = _setting(5, "width of the beam search", low=1, high=20)
+    vad: bool = _setting(True, "leave silence out before transcribing")
+    ttl: int = _setting(
+        -1, "seconds without work until the model is unloaded (-1: never, 0: at once)", low=-1
+    )
+    queue_limit: int = _setting(16, "requests that may wait; more get status 429", low=0)
+    max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
+    max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
+    upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    api_key_file: str = _setting(
+        "", "file with the bearer key clients must send (an empty one: no key needed)"
+    )
+    log_level: str = _setting("info", "how much to log", choices=LOG_LEVELS)
+    # Not an option: a key on a command line is in every process list.
+    api_key: str = field(default="", repr=False)
+
+    @classmethod
+    def load(cls, given: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
+        """From options (`given`), else the environment, else defaults. SettingsError names every problem."""
+        environ = os.environ if environ is None else environ
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        for item in dataclasses.fields(cls):
+            option = given.get(item.name)
+            text = environ.get(PREFIX + item.name.upper()) if option is None else option
+            if text is None:
+                continue
+            where = PREFIX + item.name.upper() if option is None else _flag(item.name)
+            try:
+                values[item.name] = _value(item, text)
+            except ValueError as error:
+                problems.append(f"{where}: {error}")
+        settings = cls(**values)
+        settings, more = _check(settings)
+        problems += more
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value(item: dataclasses.Field[Any], text: str) -> Any:
+    text = text.strip()
+    if item.type == "bool":
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off"):
+            return False
+        raise ValueError(f"{text!r} is neither true nor false")
+    if item.type == "int":
+        if text == "":
+            return item.default
+        try:
+            number = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number") from None
+        low, high = item.metadata["low"], item.metadata["high"]
+        if low is not None and number < low:
+            raise ValueError(f"{number} is less than {low}")
+        if high is not None and number > high:
+            raise ValueError(f"{number} is more than {high}")
+        return number
+    if choices := item.metadata.get("choices", ()):
+        if text == "":
+            return item.default
+        if text.lower() not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text.lower()
+    return text
+
+
+def _check(settings: Settings) -> tuple[Settings, list[str]]:
+    problems: list[str] = []
+    changes: dict[str, Any] = {}
+    try:
+        models.resolve(settings.model)
+    except ModelUnavailable as error:
+        problems.append(f"--model: {error}")
+    if settings.language:
+        code = languages.code_of(settings.language)
+        if settings.language.casefold() == "auto":
+            changes["language"] = ""
+        elif code is None:
+            problems.append(
+                f"--language: {settings.language!r} is no language Whisper knows; use a code such as"
+                f" {', '.join(languages.NAMES)}"
+            )
+        else:
+            changes["language"] = code
+    if settings.upload_dir and not os.access(settings.upload_dir, os.W_OK | os.X_OK):
+        problems.append(f"--upload-dir: cannot write to {settings.upload_dir}")
+    if settings.api_key_file:
+        try:
+            key = Path(settings.api_key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--api-key-file: {error}")
+        else:
+            changes["api_key"] = key
+    key = changes.get("api_key", settings.api_key)
+    if not key.isascii() or not key.isprintable():
+        problems.append("the API key must be one line of plain ASCII: it travels in an HTTP header")
+    return dataclasses.replace(settings, **changes), problems
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per setting. Values stay text: `Settings.load` checks options and environment alike."""
+    for item in dataclasses.fields(Settings):
+        if item.name == "api_key":
+            continue
+        help = item.metadata["help"]
+        if choices := item.metadata["choices"]:
+            help = f"{', '.join(choices)}; {help}"
+        if item.default not in ("", None):
+            shown = str(item.default).lower() if item.type == "bool" else item.default
+            help = f"{help} [{shown}]"
+        if item.type == "bool":
+            group = parser.add_mutually_exclusive_group()
+            group.add_argument(
+                _flag(item.name), dest=item.name, action="store_const", const="true", help=help
+            )
+            group.add_argument(
+                f"--no-{item.name}", dest=item.name, action="store_const", const="false", help="the opposite"
+            )
+        else:
+            parser.add_argument(
+                _flag(item.name),
+                dest=item.name,
+                metavar=item.type.upper() if item.type == "int" else "TEXT",
+                help=help.replace("%", "%%"),
+            )

@@ -1,0 +1,351 @@
+"""The engine `builtin`: faster-whisper in this process, in one thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ctranslate2
+import faster_whisper
+import numpy as np
+from faster_whisper.audio import pad_or_trim
+from faster_whisper.transcribe import restore_speech_timestamps
+from faster_whisper.vad import VadOptions, collect_chunks, get_speech_timestamps, get_vad_model
+
+from voicegate import audio, errors
+from voicegate.engine import Info, LoadState, Options, Segment, Source, Status, Word
+from voicegate.errors import ApiError, ModelUnavailable
+from voicegate.logs import event
+from voicegate.settings import Settings
+from voicegate.worker import Job, Worker, stream
+
+# In order of preference, what replaces a compute type that a device cannot do.
+_CPU_FALLBACK = ("int8", "int8_float32", "float32")
+_GPU_FALLBACK: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("float16", "float32"),
+    "float16": ("int8_float32", "int8", "float32"),
+    "int8_bfloat16": ("int8_float16", "int8_float32", "int8", "float32"),
+    "int8_float16": ("int8_float32", "int8", "float32"),
+    "int16": ("int8", "float16", "float32"),
+}
+
+
+def effective_compute_type(requested: str, device: str, supported: Iterable[str]) -> str:
+    """What runs where `requested` is asked for on a device that can do `supported`."""
+    able = set(supported)
+    if requested == "auto":
+        order: tuple[str, ...] = _CPU_FALLBACK if device == "cpu" else ("float16", "int8", "float32")
+    elif device == "cpu":
+        order = (requested, *_CPU_FALLBACK)
+    else:
+        order = (requested, *_GPU_FALLBACK.get(requested, ("int8", "float32")))
+    return next((item for item in order if item in able), "float32")
+
+
+def default_threads() -> int:
+    """Cores this process may use; beyond 8 a single transcription gains nothing."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the package has no types
+    """Detects the language from the same encoding that is then transcribed.
+
+    faster-whisper runs the encoder twice on the first 30 seconds when no language is given. For a
+    short utterance the encoder is most of the work, so that nearly doubles the time.
+    """
+
+    _encoded: tuple[np.ndarray[Any, Any], Any] | None = None
+
+    def detect_language(
+        self, audio: Any = None, features: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[str, float, list[tuple[str, float]]]:
+        if features is None:
+            result: tuple[str, float, list[tuple[str, float]]] = super().detect_language(
+                audio, *args, **kwargs
+            )
+            return result
+        # The window exactly as generate_segments cuts it.
+        frames = min(self.feature_extractor.nb_max_frames, features.shape[-1] - 1)
+        window = pad_or_trim(features[..., :frames])
+        encoding = super().encode(window)
+        self._encoded = (window, encoding)
+        found = [(token[2:-2], float(p)) for token, p in self.model.detect_language(encoding)[0]]
+        return found[0][0], found[0][1], found
+
+    def encode(self, features: Any) -> Any:
+        kept, self._encoded = self._encoded, None
+        if kept is not None and np.array_equal(kept[0], features):
+            return kept[1]
+        return super().encode(features)
+
+
+class WhisperEngine:
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._model: OneEncoding | None = None
+        self._state: LoadState = "loading"
+        self._error: str | None = None
+        self._device = settings.device
+        self._compute_type = settings.compute_type
+        self._threads = settings.cpu_threads or default_threads()
+        self._worker = Worker(settings.queue_limit)
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._unloading: asyncio.Task[None] | None = None
+        self._active = 0
+
+    # -- what the event loop calls
+
+    async def start(self) -> None:
+        await self._run(lambda job: self._load(warm=True))
+        self._rest()
+
+    async def stop(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        await asyncio.to_thread(self._worker.close)
+        self._model = None
+
+    def status(self) -> Status:
+        return Status(
+            engine=f"faster-whisper {faster_whisper.__version__}",
+            state=self._state,
+            device=self._device,
+            compute_type=self._compute_type,
+            waiting=self._worker.waiting,
+            running=self._worker.running,
+            queue_limit=self._worker.limit,
+            error=self._error,
+        )
+
+    def check_room(self) -> None:
+        self._worker.check_room()
+
+    async def transcribe(self, source: Source, options: Options) -> AsyncGenerator[Info | Segment, None]:
+        def run(job: Job[Info | Segment]) -> None:
+            for item in self._transcribe(job, source, options):
+                job.emit(item)
+
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._active += 1
+        try:
+            async with contextlib.aclosing(stream(self._worker, run)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._active -= 1
+            self._rest()
+
+    async def unload(self) -> None:
+        await self._run(lambda job: self._unload())
+
+    async def _run(self, work: Any) -> None:
+        async with contextlib.aclosing(stream(self._worker, work, internal=True)) as items:
+            async for _ in items:
+                pass
+
+    def _rest(self) -> None:
+        """Start counting towards unloading, once nothing is left to do."""
+        ttl = self._settings.ttl
+        if ttl < 0 or self._active or self._model is None:
+            return
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        self._idle_timer = asyncio.get_running_loop().call_later(ttl, self._expire)
+
+    def _expire(self) -> None:
+        if not self._active:
+            self._unloading = asyncio.ensure_future(self.unload())
+
+    # -- what runs in the worker's thread
+
+    def _load(self, *, warm: bool = False) -> OneEncoding:
+        self._state = "loading" if warm else "reloading"
+        started = time.monotonic()
+        try:
+            model = self._load_on_best_device()
+        except Exception as error:
+            self._state = "failed"
+            self._error = str(error)
+            if isinstance(error, ModelUnavailable):
+                raise
+            raise ModelUnavailable(f"cannot load {self._folder}: {error}") from error
+        self._model = model
+        self._state = "loaded"
+        self._error = None
+        event(
+            "model_loaded", seconds=time.monotonic() - started, model=self._settings.model,
+            device=self._device, compute_type=self._compute_type,
+        )  # fmt: skip
+        return model
+
+    def _load_on_best_device(self) -> OneEncoding:
+        wanted = self._settings.device
+        if wanted != "cpu":
+            _preload_cuda_libraries()
+            if ctranslate2.get_cuda_device_count() > self._settings.device_index:
+                try:
+                    return self._load_on("cuda")
+                except Exception as error:
+                    if wanted == "cuda":
+                        raise
+                    event("gpu_unusable", level=logging.WARNING, error=str(error), instead="cpu")
+            elif wanted == "cuda":
+                count = ctranslate2.get_cuda_device_count()
+                raise ModelUnavailable(
+                    f"device cuda: CTranslate2 sees {count} GPUs,"
+                    f" number {self._settings.device_index} is wanted;"
+                    " check the driver in this machine or container, or set device to cpu"
+                )
+        return self._load_on("cpu")
+
+    def _load_on(self, device: str) -> OneEncoding:
+        requested = self._settings.compute_type
+        index = self._settings.device_index if device == "cuda" else 0
+        compute_type = effective_compute_type(
+            requested, device, ctranslate2.get_supported_compute_types(device, index)
+        )
+        if requested not in ("auto", compute_type):
+            event(
+                "compute_type_replaced", level=logging.WARNING, device=device, requested=requested,
+                effective=compute_type,
+            )  # fmt: skip
+        model = OneEncoding(
+            str(self._folder),
+            device=device,
+            device_index=index,
+            compute_type=compute_type,
+            cpu_threads=self._threads,
+            local_files_only=True,
+        )
+        language = self._settings.language
+        if language and language not in model.supported_languages:
+            raise ModelUnavailable(
+                f"the model {self._settings.model} knows only English; --language is {language}"
+            )
+        # A missing CUDA library shows up at the first use only, and first uses are slow: do them now.
+        get_vad_model()
+        get_speech_timestamps(np.zeros(audio.RATE, np.float32), VadOptions())
+        noise = np.random.default_rng(0).normal(0, 0.05, audio.RATE).astype(np.float32)
+        for _ in model.transcribe(noise, max_new_tokens=8, temperature=0.0)[0]:
+            pass
+        self._device = device
+        self._compute_type = compute_type
+        return model
+
+    def _unload(self) -> None:
+        if self._model is None or self._active:
+            return
+        self._model = None
+        gc.collect()
+        self._state = "unloaded"
+        event("model_unloaded", model=self._settings.model)
+
+    def _transcribe(
+        self, job: Job[Info | Segment], source: Source, options: Options
+    ) -> Iterator[Info | Segment]:
+        samples = audio.decode(
+            source.open(), max_seconds=self._settings.max_audio_minutes * 60, cancelled=job.cancelled
+        )
+        if job.cancelled():
+            return
+        try:
+            model = self._model or self._load()
+        except ModelUnavailable as error:
+            event("model_load_failed", level=logging.ERROR, error=str(error))
+            raise errors.unavailable(
+                "The model cannot be loaded. The server's log says why.", "model_load_failed"
+            ) from error
+        language = options.language
+        if language is not None and language not in model.supported_languages:
+            raise errors.invalid(
+                f"The model '{self._settings.model}' knows only English.", "language", "unsupported_language"
+            )
+        duration = samples.shape[0] / audio.RATE
+        speech: list[dict[str, Any]] | None = None
+        if self._settings.vad:
+            speech = get_speech_timestamps(samples, VadOptions())
+            if not speech:
+                yield Info(options.task, language, duration, 0.0)
+                return
+            samples = np.concatenate(collect_chunks(samples, speech)[0], axis=0)
+        if job.cancelled():
+            return
+        try:
+            segments, found = model.transcribe(
+                samples,
+                language=language,
+                task=options.task,
+                beam_size=self._settings.beam_size,
+                # 0 lets faster-whisper climb through higher ones where the text looks wrong.
+                **({"temperature": options.temperature} if options.temperature else {}),
+                initial_prompt=options.prompt or None,
+                word_timestamps=options.words,
+            )
+            if speech:
+                segments = restore_speech_timestamps(segments, speech, audio.RATE)
+            yield Info(options.task, found.language, duration, found.duration)
+            for segment in segments:
+                if job.cancelled():
+                    return
+                yield _segment(segment)
+        except RuntimeError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: RuntimeError) -> ApiError:
+        """CTranslate2 reports what goes wrong on the device as RuntimeError."""
+        if "out of memory" in str(error).lower():
+            self._model = None
+            gc.collect()
+            self._state = "unloaded"
+            event("out_of_memory", level=logging.ERROR, device=self._device, error=str(error))
+            return errors.unavailable("The device ran out of memory.", "out_of_memory")
+        event("transcription_failed", level=logging.ERROR, error=str(error))
+        return errors.internal()
+
+
+def _segment(found: Any) -> Segment:
+    return Segment(
+        start=float(found.start),
+        end=float(found.end),
+        text=found.text,
+        seek=int(found.seek),
+        tokens=tuple(found.tokens),
+        temperature=float(found.temperature or 0.0),
+        avg_logprob=float(found.avg_logprob),
+        compression_ratio=float(found.compression_ratio),
+        no_speech_prob=float(found.no_speech_prob),
+        words=tuple(
+            Word(float(word.start), float(word.end), word.word, float(word.probability))
+            for word in found.words or ()
+        ),
+    )
+
+
+def _preload_cuda_libraries() -> None:
+    """Load cuBLAS and cuDNN from the Python environment: CTranslate2 opens them by name later."""
+    for package, pattern in (("cublas", "libcublas*.so.*"), ("cudnn", "libcudnn*.so.*")):
+        try:
+            spec = importlib.util.find_spec(f"nvidia.{package}")
+        except ModuleNotFoundError:
+            return
+        if spec is None:
+            continue
+        for root in spec.submodule_search_locations or ():
+            # cublasLt before cublas, which needs it.
+            libraries = sorted(
+                (Path(root) / "lib").glob(pattern), key=lambda path: (-len(path.name), path.name)
+            )
+            for library in libraries:
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)

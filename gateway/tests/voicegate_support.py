@@ -1,0 +1,163 @@
+"""A real server on loopback with the demo model, driven by the official client."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import wave
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "demo" / "model"
+MODEL_EN = ROOT / "demo" / "model-en"
+CLIPS = ROOT / "demo" / "clips"
+
+
+@dataclass(frozen=True)
+class Clip:
+    file: str
+    language: str
+    text: str
+    voice: str
+    set: str
+
+    @property
+    def path(self) -> Path:
+        return CLIPS / self.file
+
+
+def clips(sets: str) -> list[Clip]:
+    with (CLIPS / "clips.tsv").open(encoding="utf-8") as file:
+        return [clip for row in csv.DictReader(file, delimiter="\t") if (clip := Clip(**row)).set in sets]
+
+
+class Server:
+    """`voicegate serve` as a process of its own, with what it logs."""
+
+    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("VOICEGATE_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "voicegate", "serve", "--port", "0", "--device", "cpu", *arguments],
+            env=clean | (env or {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._listening = threading.Event()
+        self.port = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            if match := re.search(r" listening .*\bport=(\d+)", line):
+                self.port = int(match[1])
+                self._listening.set()
+        self._listening.set()
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_listening(self, seconds: float = 30) -> None:
+        assert self._listening.wait(seconds), self.log
+        assert self.port, self.log
+
+    def wait_ready(self, seconds: float = 30) -> None:
+        self.wait_listening(seconds)
+        deadline = time.monotonic() + seconds
+        while self.health()[0] != 200:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.05)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        status, _, body = self.request("GET", "/health")
+        return status, json.loads(body)
+
+    def wait_health(self, good: Callable[[dict[str, Any]], bool], seconds: float = 15) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while not good(body := self.health()[1]):
+            assert time.monotonic() < deadline, (body, self.log)
+            time.sleep(0.02)
+        return body
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        request = urllib.request.Request(self.url + path, body, headers or {}, method=method)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:  # noqa: S310
+                return response.status, _lower(response.headers), response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, _lower(error.headers), error.read()
+
+    def post(
+        self, path: str, parts: list[tuple[str, bytes]], headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        """A form whose parts are given as (header lines, content)."""
+        body, content_type = form(parts)
+        return self.request("POST", path, body, {"Content-Type": content_type} | (headers or {}))
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=30, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        try:
+            code = self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        self._reader.join(5)
+        return code
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
+
+
+def form(parts: list[tuple[str, bytes]]) -> tuple[bytes, str]:
+    body = b"".join(
+        b"--xyz\r\nContent-Disposition: form-data; " + head.encode() + b"\r\n\r\n" + content + b"\r\n"
+        for head, content in parts
+    )
+    return body + b"--xyz--\r\n", "multipart/form-data; boundary=xyz"
+
+
+def long_audio(repeats: int, pause: float = 2.5) -> bytes:
+    """A clip said again and again, with pauses: as many segments as repeats."""
+    with wave.open(str(CLIPS / "D009.wav"), "rb") as source:
+        parameters = source.getparams()
+        frames = source.readframes(source.getnframes())
+    silence = b"\0" * (2 * int(parameters.framerate * pause))
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setparams(parameters)
+        for _ in range(repeats):
+            file.writeframes(frames + silence)
+    return target.getvalue()

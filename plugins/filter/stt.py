@@ -1,0 +1,90 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Filters of the role stt_server: check its variables and read what is on the controller."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_tree
+
+GATEWAY_PARTS = ("src", "pyproject.toml", "requirements.lock")
+
+
+def stt_problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
+    """Return what is wrong with the stt_server_* variables among the given ones."""
+    return _stt.problems(variables, base)
+
+
+def _model_digest(path: str, problems: list[str], name: str) -> str:
+    """Return the digest of a model's folder on the controller; nothing when there is no such folder."""
+    if not path or not os.path.isdir(path):
+        return ""
+    if not os.path.isfile(os.path.join(path, "model.bin")):
+        problems.append(f"{name}: {path} holds no model.bin; it must be a model converted for CTranslate2.")
+        return ""
+    return _stt_tree.digest(Path(path))
+
+
+def _expand(path: str, base: str) -> str:
+    return os.path.normpath(os.path.join(base or ".", os.path.expanduser(path))) if path else ""
+
+
+def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> dict[str, Any]:
+    """Return what is asked of a machine: the settings (without prefix), with digests of local sources."""
+    if not isinstance(settings, Mapping):
+        raise AnsibleFilterError("stt_request takes a mapping of settings")
+    request: dict[str, Any] = dict(settings)
+    problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
+    try:
+        choice = _stt.resolve_model(str(settings["model"]), base)
+    except _stt.SttError:
+        choice = _stt.Choice(asked=str(settings["model"]), name="")  # already among the problems
+    request["model"] = asdict(choice)
+    request["model_digest"] = _model_digest(choice.path, problems, "stt_server_model")
+    fallback = _expand(str(settings.get("fallback_model") or ""), base)
+    request["fallback_path"] = fallback
+    request["fallback_digest"] = _model_digest(fallback, problems, "stt_server_fallback_model")
+    if fallback and not os.path.isdir(fallback):
+        problems.append(f"stt_server_fallback_model: there is no folder {fallback} on the controller.")
+    source = _expand(str(settings.get("speaches_source") or ""), base)
+    request["speaches_source"] = source
+    request["speaches_source_digest"] = ""
+    if source:
+        try:
+            request["speaches_source_digest"] = _stt_tree.source_digest(Path(source))
+        except (_stt_tree.TreeError, OSError) as error:
+            problems.append(f"stt_server_speaches_source: {error}")
+    root = Path(os.path.normpath(gateway))
+    request["gateway_path"] = str(root)
+    request["gateway_digest"] = _stt_tree.digest(root, GATEWAY_PARTS)
+    request["gateway_version"] = ""
+    if (root / "pyproject.toml").is_file():
+        version = re.search(
+            r'^version = "([^"]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+        )
+        request["gateway_version"] = version[1] if version else ""
+    elif "builtin" in (settings.get("engine"), settings.get("engine_fallback")):
+        problems.append(f"the collection is not whole: there is no {root}/pyproject.toml.")
+    cuda_lock = root / "requirements-cuda.lock"
+    request["cuda_lock"] = _stt.stamp(cuda_lock.read_text(encoding="utf-8")) if cuda_lock.is_file() else ""
+    request["problems"] = problems
+    return request
+
+
+class FilterModule:
+    """Filters of sottovoce.stack for speech-to-text."""
+
+    def filters(self) -> Mapping[str, Callable[..., Any]]:
+        return {
+            "stt_problems": stt_problems,
+            "stt_request": stt_request,
+            "stt_summary": _stt_plan.summarize,
+        }

@@ -1,0 +1,26 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Filters that turn what plays found into text that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ansible_collections.sottovoce.stack.plugins.module_utils import _summary
+
+
+class FilterModule:
+    """Filters of sottovoce.stack for summaries and tables."""
+
+    def filters(self) -> Mapping[str, Callable[..., Any]]:
+        return {
+            "pick_vars": _summary.pick_vars,
+            "running_instances": _summary.running_instances,
+            "unhealthy_services": _summary.unhealthy_services,
+            "instances_to_create": _summary.instances_to_create,
+            "infra_summary": _summary.infra_summary,
+            "apply_summary": _summary.apply_summary,
+            "status_table": _summary.status_table,
+        }

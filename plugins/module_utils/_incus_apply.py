@@ -1,0 +1,423 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Carries out a plan: phase by phase, the steps of a phase side by side, each thread with its own client."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    IncusConflict,
+    IncusError,
+    IncusNotFound,
+    IncusOperationFailed,
+    IncusPreconditionFailed,
+)
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_diff import (
+    MARK,
+    changes,
+    give_up_addresses,
+    owner,
+    rebuild,
+)
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images import find_alias
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_plan import (
+    PROTECTION,
+    RELEASE,
+    Plan,
+    Step,
+)
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state import RUNNING, STOPPED, Key, Obj
+
+if TYPE_CHECKING:
+    from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusClient
+
+ATTEMPTS = 5
+LOG_LINES = 20
+
+
+@dataclasses.dataclass
+class Outcome:
+    done: list[Step] = dataclasses.field(default_factory=list)
+    failed: list[tuple[Step, str]] = dataclasses.field(default_factory=list)
+    blocked: list[tuple[Step, str]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    requests: int = 0
+
+    def message(self) -> str:
+        """What was done, what failed and why, and what was not done."""
+        total = len(self.done) + len(self.failed) + len(self.blocked)
+        lines = [f"{len(self.failed)} of {total} changes failed."]
+        lines += [f"Failed: {s.label}: {text}" for s, text in self.failed]
+        if self.done:
+            lines.append("Done: " + ", ".join(f"{s.label} ({s.action})" for s in self.done) + ".")
+        if self.blocked:
+            lines.append("Not done: " + "; ".join(f"{s.label} ({why})" for s, why in self.blocked) + ".")
+        lines.append("Run it again to carry on from here.")
+        return "\n".join(lines)
+
+
+def path_of(step: Step, *, collection: bool = False) -> str:
+    base = {
+        "project": "/1.0/projects",
+        "network": "/1.0/networks",
+        "profile": "/1.0/profiles",
+        "instance": "/1.0/instances",
+        "image": "/1.0/images",
+        "volume": f"/1.0/storage-pools/{quote(step.pool, safe='')}/volumes/custom",
+    }[step.kind]
+    return base if collection else f"{base}/{quote(step.name, safe='')}"
+
+
+class Applier:
+    def __init__(
+        self,
+        client: IncusClient,
+        plan: Plan,
+        *,
+        mark: str,
+        adopt: bool = False,
+        parallel: int = 8,
+        wait_timeout: float = 300.0,
+        image_server: str = "",
+        image_fallback: str | None = None,
+        aliases: list[Obj] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.client = client
+        self.plan = plan
+        self.mark = mark
+        self.adopt = adopt
+        self.parallel = max(1, parallel)
+        self.wait_timeout = wait_timeout
+        self.image_server = image_server
+        self.image_fallback = image_fallback
+        self.aliases = aliases or []
+        self.clock = clock
+        self.sleep = sleep
+        self.outcome = Outcome()
+        self._guard = threading.Lock()
+        self._idle: queue.SimpleQueue[IncusClient] = queue.SimpleQueue()
+        self._clients: list[IncusClient] = []
+        self._bad: dict[Key, str] = {}
+        self._reserve: dict[tuple[str, str], str] = {}
+
+    # phases
+
+    def run(self) -> Outcome:
+        writing = [s for s in self.plan.steps if s.writes]
+        # Addresses are given up by all before they are taken by anybody.
+        work = [(s.phase, s, self._carry_out) for s in writing]
+        work += [(RELEASE, s, self._release) for s in writing if s.release]
+        try:
+            for phase in sorted({p for p, _s, _f in work}):
+                self._side_by_side([(s, f) for p, s, f in work if p == phase])
+        finally:
+            self.outcome.requests = sum(c.requests for c in self._clients)
+            for client in self._clients:
+                client.close()
+        return self.outcome
+
+    def _side_by_side(self, tasks: list[tuple[Step, Callable[[IncusClient, Step], None]]]) -> None:
+        ready = []
+        for step, function in tasks:
+            if step.key in self._bad:
+                continue
+            if why := self._why_not(step):
+                self._bad[step.key] = why
+                self.outcome.blocked.append((step, why))
+            else:
+                ready.append((step, function))
+        if len(ready) <= 1 or self.parallel == 1:
+            for step, function in ready:
+                self._one(step, function)
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(self.parallel, len(ready))) as pool:
+            for future in [pool.submit(self._one, step, function) for step, function in ready]:
+                future.result()
+
+    def _why_not(self, step: Step) -> str:
+        if step.action == "deleted" and self.outcome.failed:
+            return "nothing is removed after a failure"
+        broken = sorted(k for k in step.needs if k in self._bad)
+        return f"it needs {broken[0][0]} {broken[0][2]}" if broken else ""
+
+    def _one(self, step: Step, function: Callable[[IncusClient, Step], None]) -> None:
+        client = self._borrow()
+        try:
+            function(client, step)
+        except IncusError as exc:
+            self._failed(step, str(exc))
+        except Exception as exc:  # an answer nobody foresaw must not hide what the others did
+            self._failed(step, f"{type(exc).__name__}: {exc}")
+        else:
+            if function == self._carry_out:
+                with self._guard:
+                    self.outcome.done.append(step)
+        finally:
+            self._idle.put(client)
+
+    def _failed(self, step: Step, text: str) -> None:
+        with self._guard:
+            self._bad[step.key] = text
+            self.outcome.failed.append((step, text))
+
+    def _borrow(self) -> IncusClient:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            client = self.client.clone()
+            with self._guard:
+                self._clients.append(client)
+            return client
+
+    # one step
+
+    def _carry_out(self, client: IncusClient, step: Step) -> None:
+        if step.action == "deleted":
+            self._delete(client, step)
+        elif step.kind == "image":
+            self._fetch_image(client, step)
+        elif step.kind == "instance":
+            self._create_instance(client, step) if step.body is not None else self._instance(client, step)
+        elif step.body is not None:
+            self._create(client, step)
+        else:
+            self._update(client, step)
+
+    def _project(self, step: Step) -> str | None:
+        return None if step.kind == "project" else step.project
+
+    def _run(self, client: IncusClient, method: str, path: str, step: Step, **more: Any) -> Any:
+        """A request, tried again while the server is busy with the same object."""
+        deadline = self.clock() + min(self.wait_timeout, 60.0)
+        while True:
+            try:
+                return client.run(
+                    method, path, project=self._project(step), wait_timeout=self.wait_timeout, **more
+                )
+            except IncusError as exc:
+                if "is busy running" not in str(exc) or self.clock() >= deadline:
+                    raise
+                self.sleep(0.5)
+
+    def _create(self, client: IncusClient, step: Step) -> None:
+        try:
+            self._run(client, "POST", path_of(step, collection=True), step, body=step.body)
+        except IncusError as exc:
+            if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
+                raise
+            self._update(client, step)
+
+    def _read(self, client: IncusClient, step: Step) -> tuple[Obj, str | None]:
+        response = client.get(path_of(step), project=self._project(step))
+        current: Obj = response.metadata or {}
+        found = owner(current)
+        if found != self.mark and not self.adopt and not (step.kind == "profile" and step.name == "default"):
+            raise IncusError(
+                f"{step.label} was made by somebody else in the meantime"
+                f" ({MARK}={found or 'not set'}): it is left alone."
+            )
+        return current, response.etag
+
+    def _update(self, client: IncusClient, step: Step) -> None:
+        """Lay what is declared over what is there now; if somebody else is faster, again."""
+        for _attempt in range(ATTEMPTS):
+            current, etag = self._read(client, step)
+            after = rebuild(step.kind, current, step.target)
+            if not changes(current, after):
+                return
+            try:
+                self._run(client, "PUT", path_of(step), step, body=after, etag=etag)
+            except IncusPreconditionFailed:
+                continue
+            return
+        raise IncusError(
+            f"somebody else changed it at the same moment, {ATTEMPTS} times in a row. Run again after that."
+        )
+
+    # instances
+
+    def _create_instance(self, client: IncusClient, step: Step) -> None:
+        body = dict(step.body or {})
+        if step.image in self._reserve:
+            body["source"] = {"type": "image", "alias": self._reserve[step.image]}
+        body.pop("image", None)
+        in_one = client.has("instance_create_start")
+        if not in_one:
+            body.pop("start", None)
+        try:
+            self._run(
+                client, "POST", path_of(step, collection=True), step, body=body, query=step.query or None
+            )
+        except IncusError as exc:
+            if isinstance(exc, IncusConflict) or "already exists" in str(exc):
+                self._instance(client, step)
+                return
+            if isinstance(exc, IncusOperationFailed):
+                raise IncusError(f"{exc}{self._after_failed_start(client, step)}") from exc
+            raise
+        if not in_one:
+            self._start(client, step)
+
+    def _after_failed_start(self, client: IncusClient, step: Step) -> str:
+        try:
+            client.get(path_of(step), project=step.project)
+        except IncusError:
+            return ""
+        return (
+            " The machine was made and stays behind, stopped; the next run starts it."
+            f"{self._log(client, step)}"
+        )
+
+    def _log(self, client: IncusClient, step: Step) -> str:
+        """The end of the log: why a container does not start is told nowhere else."""
+        sink = io.BytesIO()
+        try:
+            client.download(f"{path_of(step)}/logs/lxc.log", sink, project=step.project)
+        except IncusError:
+            return ""
+        lines = sink.getvalue().decode("utf-8", "replace").strip().splitlines()
+        telling = [line for line in lines if " ERROR " in line or " WARN " in line] or lines
+        if not telling:
+            return ""
+        return f"\nEnd of {step.name}'s lxc.log:\n" + "\n".join(f"  {x}" for x in telling[-LOG_LINES:])
+
+    def _instance(self, client: IncusClient, step: Step) -> None:
+        """Bring an instance that is there to what is declared, and have it running if it should."""
+        stopped = False
+        if step.restart:
+            # Stop first: if we are killed in between, the next run sees a stopped machine and goes on.
+            stopped = self._stop(client, step, gentle=30)
+        try:
+            self._update(client, step)
+        finally:
+            if stopped:
+                self._start(client, step)
+        if step.unfreeze:
+            self._state(client, step, "unfreeze")
+        elif step.start and not stopped:
+            self._start(client, step)
+
+    def _release(self, client: IncusClient, step: Step) -> None:
+        """Give an address up, so that another machine can take it."""
+        if step.restart and self._stop(client, step, gentle=30):
+            step.restart, step.start = False, True
+        for _attempt in range(ATTEMPTS):
+            current, etag = self._read(client, step)
+            body = give_up_addresses(current, step.release)
+            try:
+                self._run(client, "PUT", path_of(step), step, body=body, etag=etag)
+            except IncusPreconditionFailed:
+                continue
+            return
+        raise IncusError("somebody else changed it at the same moment, again and again. Run again.")
+
+    def _state(self, client: IncusClient, step: Step, action: str, **more: Any) -> None:
+        self._run(client, "PUT", f"{path_of(step)}/state", step, body={"action": action, **more})
+
+    def _status(self, client: IncusClient, step: Step) -> int:
+        current = client.get(path_of(step), project=step.project).metadata or {}
+        return int(current.get("status_code") or 0)
+
+    def _start(self, client: IncusClient, step: Step) -> None:
+        try:
+            self._state(client, step, "start", timeout=-1)
+        except IncusError as exc:
+            if "already running" in str(exc) or self._status(client, step) == RUNNING:
+                return
+            raise IncusError(f"{exc}{self._log(client, step)}") from exc
+
+    def _stop(self, client: IncusClient, step: Step, *, gentle: int) -> bool:
+        """Stop it, with so many seconds to shut down by itself; False if it was not running."""
+        if self._status(client, step) == STOPPED:
+            return False
+        if gentle:
+            try:
+                self._state(client, step, "stop", timeout=gentle, force=False)
+                return True
+            except IncusError:
+                if self._status(client, step) == STOPPED:
+                    return True
+                with self._guard:
+                    self.outcome.notes.append(
+                        f"Machine {step.name} did not shut down in 30 s and was stopped."
+                    )
+        try:
+            self._state(client, step, "stop", timeout=-1, force=True)
+        except IncusNotFound:
+            raise
+        except IncusError as exc:
+            if "already stopped" not in str(exc) and self._status(client, step) != STOPPED:
+                raise
+        return True
+
+    # images
+
+    def _fetch_image(self, client: IncusClient, step: Step) -> None:
+        """Once per image, however many machines are made from it."""
+        image = self.plan.images[step.image] if step.image else None
+        if image is None:
+            return
+        body = {
+            "source": {
+                "type": "image",
+                "mode": "pull",
+                "server": self.image_server,
+                "protocol": "simplestreams",
+                "alias": image.remote,
+                "image_type": image.type,
+            },
+            "aliases": [{"name": image.alias, "description": ""}],
+            "auto_update": True,
+            "public": False,
+        }
+        try:
+            self._run(client, "POST", "/1.0/images", step, body=body)
+        except IncusError as exc:
+            reserve = find_alias([self.image_fallback or ""], image.type, self.aliases)
+            if not reserve or step.image is None:
+                raise
+            with self._guard:
+                self._reserve[step.image] = reserve
+                step.action, step.why = "skipped", f"it could not be fetched; {reserve} is used"
+                self.outcome.notes.append(f"Image {reserve} is used in place of {image.wanted}: {exc}")
+
+    # removal
+
+    def _delete(self, client: IncusClient, step: Step) -> None:
+        try:
+            if step.kind == "instance":
+                self._read(client, step)
+                if step.unprotect:
+                    self._unprotect(client, step)
+                if step.stop:
+                    self._stop(client, step, gentle=10 if step.gentle else 0)
+            self._run(client, "DELETE", path_of(step), step)
+        except IncusNotFound:
+            return
+
+    def _unprotect(self, client: IncusClient, step: Step) -> None:
+        """Only where infra.yml says `ephemeral: true` now and the protection was ours."""
+        for _attempt in range(ATTEMPTS):
+            current, etag = self._read(client, step)
+            fields = ("architecture", "description", "devices", "ephemeral", "profiles", "stateful")
+            config = {k: v for k, v in (current.get("config") or {}).items() if k != PROTECTION}
+            body = {**{k: current.get(k) for k in fields}, "config": config}
+            try:
+                self._run(client, "PUT", path_of(step), step, body=body, etag=etag)
+            except IncusPreconditionFailed:
+                continue
+            return
+        raise IncusError("somebody else changed it at the same moment, again and again. Run again.")

@@ -1,0 +1,137 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Units of this collection on one machine: which there are, what systemd and their health URLs say."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import urllib.error
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ansible.module_utils.urls import open_url
+
+SECTION = "X-Sottovoce"
+PROPERTIES = ("Id", "ActiveState", "SubState", "UnitFileState", "MemoryCurrent", "NRestarts", "MainPID")
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit file with our section: its name and the URLs that it gives."""
+
+    name: str
+    health_url: str
+    details_url: str
+
+
+def parse_unit(name: str, text: str) -> Unit | None:
+    """Return the Unit that a unit file's text describes, or None when it is not one of ours."""
+    if f"[{SECTION}]" not in text:
+        return None
+    parser = configparser.ConfigParser(strict=False, interpolation=None, allow_no_value=True)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(text)
+    ours = parser[SECTION]
+    return Unit(name, ours.get("Health") or "", ours.get("Details") or "")
+
+
+def find_units(folder: str) -> list[Unit]:
+    """Return the units of ours whose files lie in folder, by name."""
+    units = []
+    for entry in sorted(os.listdir(folder)):
+        path = os.path.join(folder, entry)
+        if entry.endswith(".service") and os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as handle:
+                unit = parse_unit(entry.removesuffix(".service"), handle.read())
+            if unit:
+                units.append(unit)
+    return units
+
+
+def parse_show(text: str) -> dict[str, dict[str, str]]:
+    """Return the blocks of `systemctl show` by unit name (without .service)."""
+    found: dict[str, dict[str, str]] = {}
+    for block in text.strip().split("\n\n"):
+        values = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if "Id" in values:
+            found[values["Id"].removesuffix(".service")] = values
+    return found
+
+
+def memory_mib(value: str | None) -> int | None:
+    """MemoryCurrent of systemd in MiB; None where it is not accounted."""
+    if not value or not value.isdigit() or int(value) >= 2**63:
+        return None
+    return int(value) // MIB
+
+
+def parse_meminfo(text: str) -> dict[str, int]:
+    """Total and available memory in MiB out of /proc/meminfo."""
+    values = {}
+    for line in text.splitlines():
+        key, _colon, rest = line.partition(":")
+        if key in ("MemTotal", "MemAvailable"):
+            values[key] = int(rest.split()[0]) // 1024
+    return {"total_mib": values.get("MemTotal", 0), "available_mib": values.get("MemAvailable", 0)}
+
+
+def parse_nvidia_smi(text: str) -> list[dict[str, Any]]:
+    """Cards out of `nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits`."""
+    cards = []
+    for line in text.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
+            total, used = int(parts[1]), int(parts[2])
+            cards.append({"name": parts[0], "total_mib": total, "used_mib": used, "free_mib": total - used})
+    return cards
+
+
+def fetch_json(url: str, timeout: float) -> tuple[int | None, Any, str]:
+    """GET url and return (status, decoded JSON or None, error text); never raises for what a server does."""
+    try:
+        with open_url(url, headers={"Accept": "application/json"}, timeout=timeout) as reply:
+            status, body = reply.status, reply.read(1 << 20)
+    except urllib.error.HTTPError as error:
+        return error.code, None, f"HTTP {error.code}"
+    except (OSError, ValueError) as error:
+        return None, None, str(getattr(error, "reason", error))
+    try:
+        return status, json.loads(body), ""
+    except ValueError:
+        return status, None, ""
+
+
+def describe(
+    unit: Unit,
+    shown: Mapping[str, str],
+    fetch: Callable[[str], tuple[int | None, Any, str]],
+) -> dict[str, Any]:
+    """Put together what systemd and the daemon itself say of one unit."""
+    active = shown.get("ActiveState", "unknown")
+    result: dict[str, Any] = {
+        "name": unit.name,
+        "state": active,
+        "sub_state": shown.get("SubState", "unknown"),
+        "enabled": shown.get("UnitFileState", "") == "enabled",
+        "restarts": int(shown["NRestarts"]) if shown.get("NRestarts", "").isdigit() else 0,
+        "memory_mib": memory_mib(shown.get("MemoryCurrent")),
+        "health": "stopped" if active in ("inactive", "failed") else "unknown",
+        "details": {},
+    }
+    if active == "failed":
+        result["health"] = "failed"
+    if active != "active" or not unit.health_url:
+        return result
+    status, body, error = fetch(unit.health_url)
+    result["health"] = "ok" if status == 200 else (error or f"HTTP {status}")
+    details = body
+    if unit.details_url and status == 200:
+        details = fetch(unit.details_url)[1]
+    if isinstance(details, dict):
+        result["details"] = details
+    return result

@@ -1,0 +1,312 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role stt_server will do on a machine: from what was asked and what is there, without I/O."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt
+
+ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
+STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
+CUDA_ENVIRONMENT = "/opt/stt-cuda"
+CUDA_PARTS = ("cublas", "cudnn", "cuda_nvrtc")
+SPEACHES_PYTHON = "3.12"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a machine says about itself; the callables look only when the answer matters."""
+
+    nodes: Sequence[str]
+    machine: str
+    python: str  # of the system, such as 3.11
+    digest_at: Callable[[str], str]  # digest recorded for what was put at a path
+    stamp_at: Callable[[str], str]  # stamp of a finished installation
+    model_at: Callable[[str], bool]  # does a folder hold a model
+    cached: Callable[[str, str, str], bool]  # hub cache, id, revision
+    unreachable: Callable[[str], str]  # reason why an address does not answer, or nothing
+    has_python: Callable[[str], bool]
+    running: Sequence[str] = ()  # units of ours that are enabled or running
+
+
+def hub_cache(engine: str) -> str:
+    return f"{STATES[engine]}/hf/hub"
+
+
+def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, Any]:
+    """Return where the model comes from and where it will be."""
+    choice = request["model"]
+    if choice["path"] and not request["model_digest"]:
+        if not facts.model_at(choice["path"]):
+            raise _stt.SttError(
+                f"stt_server_model: there is no folder with a model.bin at {choice['path']}, "
+                "neither on the controller nor on this machine."
+            )
+        if engine == "speaches":
+            raise _stt.SttError(
+                "stt_server_model: Speaches reads models from its own cache; "
+                f"keep {choice['path']} on the controller (it is copied), or set stt_server_engine: builtin."
+            )
+        return {"name": choice["name"], "id": choice["name"], "argument": choice["path"]}
+    if choice["path"]:
+        return _folder(choice["name"], choice["path"], request["model_digest"], engine)
+    identifier = choice["listed"] if engine == "speaches" else choice["repository"]
+    revision = choice["revision"] if engine == "builtin" else ""
+    found = {
+        "name": choice["name"],
+        "id": identifier,
+        "argument": identifier,
+        "revision": revision,
+        "fetch": not facts.cached(hub_cache(engine), identifier, revision),
+    }
+    reason = facts.unreachable(request["hub_url"]) if found["fetch"] else ""
+    if not reason:
+        return found
+    reason = f"the model hub cannot be reached ({reason})"
+    if engine == "speaches":
+        raise Unreachable(reason)
+    if not request["fallback_digest"]:
+        raise _stt.SttError(
+            f"The model {choice['name']} is not on this machine and {reason}. Connect the machine, or set "
+            "stt_server_model or stt_server_fallback_model to a folder on the controller that holds a model."
+        )
+    path = request["fallback_path"]
+    return {
+        **_folder(path.rstrip("/").rsplit("/", 1)[-1], path, request["fallback_digest"], engine),
+        "skipped": {"what": f"model {choice['name']}", "why": f"{reason}; {path} is used instead"},
+    }
+
+
+def _folder(name: str, path: str, digest: str, engine: str) -> dict[str, Any]:
+    if engine == "speaches":
+        identifier = _stt.local_id(name, digest)
+        dest = f"{hub_cache(engine)}/{_stt.hub_folder(identifier)}"
+        return {
+            "name": name,
+            "id": identifier,
+            "argument": identifier,
+            "src": path,
+            "dest": dest,
+            "digest": digest,
+        }
+    # The folder's own name stays the last part: it is what /v1/models lists.
+    dest = f"{ROOTS[engine]}/models/{digest[:12]}/{name}"
+    return {"name": name, "id": name, "argument": dest, "src": path, "dest": dest, "digest": digest}
+
+
+class Unreachable(Exception):
+    """A source of Speaches that does not answer: the other engine may be used."""
+
+
+def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """Return what to do; SttError when it cannot be done."""
+    notes: list[str] = []
+    skipped: list[dict[str, str]] = []
+    device, note = _stt.effective_device(request["device"], facts.nodes, facts.machine)
+    notes += [note] if note else []
+    quantization, note = _stt.effective_quantization(request["quantization"], device)
+    notes += [note] if note else []
+
+    plan: dict[str, Any] = {"device": device, "compute_type": quantization, "asked": request["engine"]}
+    engine = request["engine"]
+    try:
+        plan |= _engine(request, engine, device, facts)
+    except Unreachable as error:
+        fallback = request["engine_fallback"]
+        if fallback in ("", engine):
+            raise _stt.SttError(
+                f"{engine}: {error}. Give stt_server_speaches_source (folder or archive on the controller), "
+                "or set stt_server_engine: builtin, or allow it with stt_server_engine_fallback: builtin."
+            ) from error
+        skipped.append({"what": engine, "why": f"{error}; the engine {fallback} is used instead"})
+        engine = fallback
+        try:
+            plan |= _engine(request, engine, device, facts)
+        except Unreachable as second:
+            raise _stt.SttError(f"{engine}: {second}.") from second
+    if "skipped" in plan["model"]:
+        skipped.append(plan["model"].pop("skipped"))
+    plan["notes"] = notes
+    plan["skipped"] = skipped
+    wanted = plan["unit"] if request["enabled"] else ""
+    plan["stop"] = [unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit != wanted]
+    return plan
+
+
+def _engine(request: Mapping[str, Any], engine: str, device: str, facts: Facts) -> dict[str, Any]:
+    release = _speaches_release(request, facts) if engine == "speaches" else _builtin_release(request)
+    model = _model(request, engine, facts)
+    stamp = _stt.stamp(
+        engine, release["digest"], request["cuda_lock"] if device == "cuda" else "", release["python"]
+    )
+    installed = facts.stamp_at(release["path"]) == stamp
+    copied = not model.get("dest") or facts.digest_at(model["dest"]) == model["digest"]
+    return {
+        "engine": engine,
+        "unit": _stt.UNITS[engine],
+        "version": release["version"],
+        "release": release,
+        "model": model,
+        "stamp": stamp,
+        "install": not installed,
+        "provide_model": not copied or bool(model.get("fetch")),
+        "cuda": device == "cuda",
+        "state": STATES[engine],
+        **service(request, engine, release, model, device, stamp, facts.python),
+    }
+
+
+def _builtin_release(request: Mapping[str, Any]) -> dict[str, Any]:
+    digest = request["gateway_digest"]
+    # Below 3.11 uv provides an interpreter.
+    return {
+        "path": f"{ROOTS['builtin']}/releases/{digest[:12]}",
+        "digest": digest,
+        "src": request["gateway_path"],
+        "version": request["gateway_version"],
+        "python": request["python"],
+    }
+
+
+def _speaches_release(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    version = request["speaches_version"]
+    pinned = request["speaches_digest"]
+    digest = request["speaches_source_digest"] or pinned
+    path = f"{ROOTS['speaches']}/releases/{version}" + ("" if digest == pinned else f"-{digest[:8]}")
+    release = {
+        "path": path,
+        "digest": digest,
+        "src": request["speaches_source"],
+        "url": "" if request["speaches_source"] else request["speaches_url"],
+        "version": version,
+        "python": request["python"] or SPEACHES_PYTHON,
+    }
+    if facts.digest_at(path) != digest and release["url"]:
+        reason = facts.unreachable(release["url"])
+        if reason:
+            raise Unreachable(f"its source cannot be reached ({reason})")
+    if not facts.stamp_at(path) and not facts.has_python(release["python"]):
+        reason = facts.unreachable(request["python_url"])
+        if request["python"]:
+            raise _stt.SttError(f"stt_server_python: there is no interpreter at {request['python']}.")
+        if reason:
+            raise Unreachable(
+                f"it needs Python {SPEACHES_PYTHON}, which is not here and cannot be fetched ({reason})"
+            )
+    return release
+
+
+def service(
+    request: Mapping[str, Any],
+    engine: str,
+    release: Mapping[str, Any],
+    model: Mapping[str, Any],
+    device: str,
+    stamp: str,
+    python: str,
+) -> dict[str, Any]:
+    """Return command line, environment and URLs of the unit."""
+    quantization = _stt.effective_quantization(request["quantization"], device)[0]
+    home = f"{STATES[engine]}/hf"
+    environment: dict[str, str] = {
+        "HF_HOME": home,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        # What is installed: a change of it restarts the unit.
+        "SOTTOVOCE_BUILD": stamp,
+    }
+    if request["hub_endpoint"]:
+        environment["HF_ENDPOINT"] = request["hub_endpoint"]
+    if device == "cuda":
+        site = f"{CUDA_ENVIRONMENT}/lib/python{python}/site-packages/nvidia"
+        environment["LD_LIBRARY_PATH"] = ":".join(f"{site}/{part}/lib" for part in CUDA_PARTS)
+    host, port = str(request["host"]), str(request["port"])
+    ttl = str(request["ttl"])
+    if engine == "builtin":
+        environment |= {
+            "PYTHONPATH": f"{release['path']}/src",
+            "VOICEGATE_HOST": host,
+            "VOICEGATE_PORT": port,
+            "VOICEGATE_MODEL": model["argument"],
+            "VOICEGATE_DEVICE": device,
+            "VOICEGATE_COMPUTE_TYPE": quantization,
+            "VOICEGATE_TTL": ttl,
+            # The model was provided before the start; the hub is not asked again.
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
+        environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
+        exec_start = f"{release['path']}/venv/bin/python -m voicegate serve"
+        working_directory = ""
+    else:
+        environment |= {
+            "PYTHONPATH": f"{release['path']}/src",
+            "UVICORN_HOST": host,
+            "UVICORN_PORT": port,
+            "STT_MODEL_TTL": ttl,
+            "VAD_MODEL_TTL": "-1",
+            "WHISPER__INFERENCE_DEVICE": device,
+            "WHISPER__COMPUTE_TYPE": quantization,
+            # Voice activity detection is small: it must not take VRAM from the models.
+            "UNSTABLE_ORT_OPTS__EXCLUDE_PROVIDERS": json.dumps(
+                ["TensorrtExecutionProvider", "CUDAExecutionProvider"]
+            ),
+            "ENABLE_UI": "false",
+            "LOG_LEVEL": "info",
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            # Loading asks the hub for news; without a network that must not hold a request up.
+            "HF_HUB_ETAG_TIMEOUT": "3",
+        }
+        exec_start = f"{release['path']}/.venv/bin/uvicorn --factory speaches.main:create_app"
+        # It reads model_aliases.json and its console from there.
+        working_directory = release["path"]
+    local = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
+    aliases = _stt.speaches_aliases(model["id"], request["model"]["asked"]) if engine == "speaches" else {}
+    return {
+        "environment": environment | ({"SOTTOVOCE_ALIASES": _stt.stamp(aliases)} if aliases else {}),
+        "exec_start": exec_start,
+        "working_directory": working_directory,
+        "url": f"http://{local}:{port}",
+        # What the status table shows. Speaches wants the key for it, which no unit file may hold.
+        "details_url": f"http://{local}:{port}/health"
+        if engine == "builtin"
+        else ("" if request["has_key"] else f"http://{local}:{port}/api/ps"),
+        "aliases": aliases,
+    }
+
+
+def summarize(
+    plan: Mapping[str, Any], enabled: bool, address: str, health: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the summary says: what the running engine tells of itself, else what was planned."""
+    told = health.get("json") if isinstance(health.get("json"), Mapping) else {}
+    told = told if plan["engine"] == "builtin" and told else {}
+    notes = list(plan["notes"])
+    quantization = str(told.get("compute_type") or plan["compute_type"])
+    device = str(told.get("device") or plan["device"])
+    if told and quantization != plan["compute_type"]:
+        notes.append(f"{plan['compute_type']} was asked of the engine, which computes as {quantization}")
+    if told and device != plan["device"]:
+        notes.append(f"{plan['device']} was asked of the engine, which runs on {device}")
+    url = plan["url"]
+    if address:
+        url = url.replace("//127.0.0.1:", f"//{address}:")
+    summary = {
+        "url": f"{url}/v1",
+        "engine": plan["engine"],
+        "version": plan["version"],
+        "model": str(told.get("model") or plan["model"]["name"]),
+        "quantization": quantization,
+        "device": device,
+        "skipped": list(plan["skipped"]),
+        "notes": notes,
+    }
+    if not enabled:
+        summary |= {"url": "", "notes": ["disabled by stt_server_enabled: false"], "skipped": []}
+    return summary

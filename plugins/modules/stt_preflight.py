@@ -1,0 +1,151 @@
+#!/usr/bin/python
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: stt_preflight
+short_description: Decide how a machine gets its speech-to-text server
+version_added: 0.1.0
+description:
+  - Looks at a machine (GPU, what is installed, which sources answer) and decides which engine, model and
+    device the role P(sottovoce.stack.stt_server#role) gives it. It changes nothing.
+  - A source is asked only when something has to come from it, and for a few seconds at most.
+author:
+  - The sottovoce.stack contributors
+options:
+  request:
+    description: What is asked for, made by the filter P(sottovoce.stack.stt_request#filter).
+    type: dict
+    required: true
+  patience:
+    description: Seconds within which a source must answer.
+    type: float
+    default: 4
+attributes:
+  check_mode:
+    support: full
+    description: It never changes anything.
+  diff_mode:
+    support: none
+    description: It never changes anything.
+  platform:
+    support: full
+    platforms: linux
+    description: Target OS this module runs on.
+"""
+
+EXAMPLES = r"""
+- name: Decide engine, model and device
+  sottovoce.stack.stt_preflight:
+    request: "{{ __stt_server_request }}"
+  register: decided
+"""
+
+RETURN = r"""
+plan:
+  description: Engine, model, device, compute type, unit, what has to be installed, notes and what is skipped.
+  returned: success
+  type: dict
+"""
+
+import glob
+import json
+import os
+import platform
+import shutil
+import sys
+import threading
+import urllib.error
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.urls import open_url
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_tree
+
+
+class Probe:
+    """Asks an address once, in a thread: name resolution has no timeout of its own."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.answers: dict[str, str] = {}
+
+    def _ask(self, url: str) -> None:
+        try:
+            open_url(url, method="HEAD", timeout=self.patience)
+            self.answers[url] = ""
+        except urllib.error.HTTPError as error:
+            self.answers[url] = "" if error.code < 500 and error.code != 404 else f"HTTP {error.code}"
+        except Exception as error:  # whatever it is, the source does not answer
+            reason = getattr(error, "reason", error)
+            self.answers[url] = str(getattr(reason, "strerror", None) or reason)
+
+    def __call__(self, url: str) -> str:
+        if url not in self.answers:
+            thread = threading.Thread(target=self._ask, args=(url,), daemon=True)
+            thread.start()
+            thread.join(self.patience + 0.5)
+            self.answers.setdefault(url, f"no answer within {self.patience:g} s")
+        reason = self.answers[url]
+        return f"{url.split('/')[2]}: {reason}" if reason else ""
+
+
+def cached(cache: str, identifier: str, revision: str) -> bool:
+    """Is the model in a hub cache, at the revision if there is one."""
+    folder = os.path.join(cache, _stt.hub_folder(identifier), "snapshots", revision or "*")
+    return bool(glob.glob(os.path.join(folder, "model.bin")))
+
+
+def stamp_at(path: str) -> str:
+    try:
+        with open(os.path.join(path, ".installed.json"), encoding="utf-8") as handle:
+            return str(json.load(handle)["stamp"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def has_python(python: str) -> bool:
+    if os.path.isabs(python):
+        return os.access(python, os.X_OK)
+    return bool(shutil.which(f"python{python}") or glob.glob(f"/opt/uv/python/cpython-{python}*"))
+
+
+def running(unit: str) -> bool:
+    return os.path.lexists(f"/etc/systemd/system/multi-user.target.wants/{unit}.service") or os.path.isdir(
+        f"/sys/fs/cgroup/system.slice/{unit}.service"
+    )
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "request": {"type": "dict", "required": True},
+            "patience": {"type": "float", "default": 4},
+        },
+        supports_check_mode=True,
+    )
+    request = module.params["request"]
+    facts = _stt_plan.Facts(
+        nodes=[os.path.basename(path) for path in glob.glob("/dev/nvidia*")],
+        machine=platform.machine(),
+        python=f"{sys.version_info[0]}.{sys.version_info[1]}",
+        digest_at=lambda path: _stt_tree.recorded(Path(path)),
+        stamp_at=stamp_at,
+        model_at=lambda path: os.path.isfile(os.path.join(path, "model.bin")),
+        cached=cached,
+        unreachable=Probe(module.params["patience"]),
+        has_python=has_python,
+        running=[unit for unit in _stt.UNITS.values() if running(unit)],
+    )
+    try:
+        plan = _stt_plan.make_plan(request, facts)
+    except _stt.SttError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=False, plan=plan)
+
+
+if __name__ == "__main__":
+    main()

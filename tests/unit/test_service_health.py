@@ -1,0 +1,87 @@
+"""Units, systemctl's output and health answers, from texts and a stubbed fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible_collections.sottovoce.stack.plugins.module_utils import _service_health as health
+
+UNIT = """[Unit]
+Description=x
+After=a
+After=b
+[Service]
+Environment=A=%h/100%
+ExecStart=/bin/x --y=1
+[X-Sottovoce]
+Health=http://127.0.0.1:1/health
+Details=
+"""
+
+
+def test_find_units_takes_only_files_with_our_section(tmp_path: Path) -> None:
+    (tmp_path / "mine.service").write_text(UNIT)
+    (tmp_path / "other.service").write_text("[Unit]\nDescription=y\n")
+    (tmp_path / "mine.timer").write_text(UNIT)
+    (tmp_path / "gone.service").symlink_to(tmp_path / "nowhere")
+    assert health.find_units(str(tmp_path)) == [health.Unit("mine", "http://127.0.0.1:1/health", "")]
+
+
+def test_parse_show_splits_blocks_and_keeps_equal_signs() -> None:
+    shown = health.parse_show("Id=a.service\nActiveState=active\n\nId=b.service\nExecStart=x=y\n")
+    assert shown["a"]["ActiveState"] == "active"
+    assert shown["b"]["ExecStart"] == "x=y"
+
+
+def test_memory_mib_knows_the_values_that_mean_not_accounted() -> None:
+    assert health.memory_mib("10485760") == 10
+    assert health.memory_mib("[not set]") is None
+    assert health.memory_mib(str(2**64 - 1)) is None
+    assert health.memory_mib(None) is None
+
+
+def test_parse_nvidia_smi_skips_what_is_no_card() -> None:
+    text = "NVIDIA H100, 81559, 1200\nNo devices were found\nX, [N/A], 3\n"
+    assert health.parse_nvidia_smi(text) == [
+        {"name": "NVIDIA H100", "total_mib": 81559, "used_mib": 1200, "free_mib": 80359}
+    ]
+
+
+def describe(
+    shown: dict[str, str], answers: dict[str, tuple[int | None, Any, str]], details: str = ""
+) -> dict[str, Any]:
+    unit = health.Unit("x", "http://h", details)
+    return health.describe(unit, shown, lambda url: answers[url])
+
+
+def test_describe_active_and_healthy() -> None:
+    shown = {
+        "ActiveState": "active",
+        "UnitFileState": "enabled",
+        "NRestarts": "2",
+        "MemoryCurrent": "1048576",
+    }
+    told = describe(shown, {"http://h": (200, {"model": "tiny"}, "")})
+    assert (told["health"], told["details"], told["restarts"], told["memory_mib"]) == (
+        "ok",
+        {"model": "tiny"},
+        2,
+        1,
+    )
+
+
+def test_describe_prefers_the_details_url() -> None:
+    answers: dict[str, tuple[int | None, Any, str]] = {
+        "http://h": (200, {"version": "1"}, ""),
+        "http://d": (200, {"models": []}, ""),
+    }
+    assert describe({"ActiveState": "active"}, answers, "http://d")["details"] == {"models": []}
+
+
+def test_describe_tells_errors_stopped_and_failed() -> None:
+    assert describe({"ActiveState": "active"}, {"http://h": (503, None, "HTTP 503")})["health"] == "HTTP 503"
+    assert describe({"ActiveState": "active"}, {"http://h": (None, None, "refused")})["health"] == "refused"
+    assert describe({"ActiveState": "inactive"}, {})["health"] == "stopped"
+    assert describe({"ActiveState": "failed"}, {})["health"] == "failed"
+    assert describe({}, {})["health"] == "unknown"

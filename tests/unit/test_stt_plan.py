@@ -1,0 +1,268 @@
+"""What the role will do on a machine, from what was asked and what is there."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan
+
+PINNED = "p" * 64
+
+
+def request(**changes: Any) -> dict[str, Any]:
+    model = changes.pop("model", "large-v3-turbo")
+    return {
+        "host": "0.0.0.0",
+        "port": 8000,
+        "model": asdict(_stt.resolve_model(model)),
+        "model_digest": "",
+        "quantization": "float16",
+        "language": "",
+        "enabled": True,
+        "engine": "speaches",
+        "engine_fallback": "builtin",
+        "device": "auto",
+        "ttl": -1,
+        "has_key": False,
+        "fallback_path": "",
+        "fallback_digest": "",
+        "hub_endpoint": "",
+        "hub_url": "https://hub.test",
+        "speaches_version": "1.0",
+        "speaches_digest": PINNED,
+        "speaches_source": "",
+        "speaches_source_digest": "",
+        "speaches_url": "https://source.test/a.tar.gz",
+        "python": "",
+        "python_url": "https://python.test",
+        "gateway_path": "/c/gateway",
+        "gateway_digest": "g" * 64,
+        "gateway_version": "0.1.0",
+        "cuda_lock": "c",
+        **changes,
+    }
+
+
+class Machine:
+    """A machine as far as the planner looks; counts the addresses that were asked."""
+
+    def __init__(self, **there: Any) -> None:
+        self.down: dict[str, str] = there.get("down", {})
+        self.asked: list[str] = []
+        self.digests: dict[str, str] = there.get("digests", {})
+        self.stamps: dict[str, str] = there.get("stamps", {})
+        self.facts = _stt_plan.Facts(
+            nodes=there.get("nodes", []),
+            machine="x86_64",
+            python="3.11",
+            digest_at=lambda path: self.digests.get(path, ""),
+            stamp_at=lambda path: self.stamps.get(path, ""),
+            model_at=lambda path: path in there.get("models", ()),
+            cached=lambda cache, identifier, revision: (cache, identifier) in there.get("cached", ()),
+            unreachable=self._unreachable,
+            has_python=lambda python: python in there.get("pythons", ()),
+            running=there.get("running", ()),
+        )
+
+    def _unreachable(self, url: str) -> str:
+        self.asked.append(url)
+        return self.down.get(url, "")
+
+
+OFFLINE = {
+    "https://hub.test": "hub.test: no such name",
+    "https://source.test/a.tar.gz": "source.test: no such name",
+    "https://python.test": "python.test: no such name",
+}
+
+
+def test_connected_machine_gets_speaches() -> None:
+    plan = _stt_plan.make_plan(request(), Machine().facts)
+    assert plan["engine"] == plan["unit"] == "speaches"
+    assert plan["release"]["path"] == "/opt/speaches/releases/1.0"
+    assert plan["release"]["url"] == "https://source.test/a.tar.gz"
+    assert plan["model"]["id"] == "deepdml/faster-whisper-large-v3-turbo-ct2"
+    assert plan["install"]
+    assert plan["skipped"] == []
+    environment = plan["environment"]
+    assert environment["WHISPER__COMPUTE_TYPE"] == "int8"
+    assert environment["WHISPER__INFERENCE_DEVICE"] == "cpu"
+    assert environment["STT_MODEL_TTL"] == "-1"
+    assert environment["ENABLE_UI"] == "false"
+    assert "CUDAExecutionProvider" in environment["UNSTABLE_ORT_OPTS__EXCLUDE_PROVIDERS"]
+    assert environment["HF_HOME"] == "/var/lib/speaches/hf"
+    assert plan["working_directory"] == plan["release"]["path"]
+    # Settings that do nothing, or harm, are left out.
+    assert not {"WHISPER__MODEL", "PRELOAD_MODELS", "API_KEY", "LD_LIBRARY_PATH"} & set(environment)
+
+
+def test_unreachable_source_gives_the_other_engine_and_says_so() -> None:
+    machine = Machine(down={"https://source.test/a.tar.gz": "source.test: no such name"})
+    plan = _stt_plan.make_plan(request(), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert plan["unit"] == "voicegate"
+    assert plan["skipped"] == [
+        {
+            "what": "speaches",
+            "why": "its source cannot be reached (source.test: no such name); "
+            "the engine builtin is used instead",
+        }
+    ]
+    assert plan["model"]["revision"] == _stt.MODELS["large-v3-turbo"].revision
+
+
+def test_no_network_at_all_gives_the_fallback_model() -> None:
+    machine = Machine(down=OFFLINE)
+    plan = _stt_plan.make_plan(request(fallback_path="/demo/model/", fallback_digest="d" * 64), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert plan["model"] == {
+        "name": "model",
+        "id": "model",
+        "src": "/demo/model/",
+        "digest": "d" * 64,
+        "dest": f"/opt/voicegate/models/{'d' * 12}/model",
+        "argument": f"/opt/voicegate/models/{'d' * 12}/model",
+    }
+    assert plan["environment"]["VOICEGATE_MODEL"] == plan["model"]["dest"]
+    assert [item["what"] for item in plan["skipped"]] == ["speaches", "model large-v3-turbo"]
+    assert plan["provide_model"]
+
+
+def test_no_network_and_no_fallback_model_is_refused() -> None:
+    with pytest.raises(_stt.SttError, match="stt_server_fallback_model"):
+        _stt_plan.make_plan(request(engine="builtin"), Machine(down=OFFLINE).facts)
+
+
+def test_no_fallback_engine_means_to_fail() -> None:
+    with pytest.raises(_stt.SttError, match="stt_server_engine_fallback"):
+        _stt_plan.make_plan(request(engine_fallback=""), Machine(down=OFFLINE).facts)
+
+
+def test_nothing_to_do_asks_no_address() -> None:
+    first = _stt_plan.make_plan(request(), Machine().facts)
+    release = first["release"]["path"]
+    machine = Machine(
+        down=OFFLINE,
+        digests={release: PINNED},
+        stamps={release: first["stamp"]},
+        cached={("/var/lib/speaches/hf/hub", first["model"]["id"])},
+        running=["speaches"],
+    )
+    plan = _stt_plan.make_plan(request(), machine.facts)
+    assert machine.asked == []
+    assert (plan["engine"], plan["install"], plan["provide_model"], plan["stop"]) == (
+        "speaches",
+        False,
+        False,
+        [],
+    )
+
+
+def test_missing_python_312_counts_as_a_source() -> None:
+    machine = Machine(down={"https://python.test": "python.test: refused"})
+    plan = _stt_plan.make_plan(request(), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert "Python 3.12" in plan["skipped"][0]["why"]
+    assert _stt_plan.make_plan(
+        request(), Machine(down={"https://python.test": "no"}, pythons=["3.12"]).facts
+    )["engine"] == ("speaches")
+
+
+def test_a_python_that_is_not_there_is_refused() -> None:
+    with pytest.raises(_stt.SttError, match="/opt/py/bin/python3"):
+        _stt_plan.make_plan(request(python="/opt/py/bin/python3"), Machine().facts)
+
+
+def test_speaches_with_a_model_it_cannot_get_falls_back() -> None:
+    machine = Machine(down={"https://hub.test": "hub.test: refused"}, pythons=["3.12"])
+    plan = _stt_plan.make_plan(request(fallback_path="/demo/model", fallback_digest="d" * 64), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert "model hub" in plan["skipped"][0]["why"]
+
+
+def test_local_source_of_speaches_needs_no_address() -> None:
+    machine = Machine(down=OFFLINE, pythons=["/opt/py/bin/python3"])
+    plan = _stt_plan.make_plan(
+        request(
+            model="/srv/demo",
+            model_digest="m" * 64,
+            speaches_source="/src/speaches",
+            speaches_source_digest="s" * 64,
+            python="/opt/py/bin/python3",
+        ),
+        machine.facts,
+    )
+    assert machine.asked == []
+    assert plan["release"]["path"] == "/opt/speaches/releases/1.0-ssssssss"
+    assert plan["model"]["id"] == f"local/demo-{'m' * 12}"
+    assert plan["model"]["dest"] == f"/var/lib/speaches/hf/hub/models--local--demo-{'m' * 12}"
+    assert plan["aliases"]["whisper-1"] == plan["model"]["id"]
+
+
+def test_folder_on_the_machine() -> None:
+    there = request(engine="builtin", model="/srv/there")
+    plan = _stt_plan.make_plan(there, Machine(models=["/srv/there"]).facts)
+    assert plan["environment"]["VOICEGATE_MODEL"] == "/srv/there"
+    assert not plan["provide_model"]
+    with pytest.raises(_stt.SttError, match="neither on the controller nor on this machine"):
+        _stt_plan.make_plan(there, Machine().facts)
+
+
+def test_gpu() -> None:
+    machine = Machine(nodes=["nvidia0", "nvidiactl", "nvidia-uvm"])
+    plan = _stt_plan.make_plan(request(engine="builtin"), machine.facts)
+    assert (plan["device"], plan["compute_type"], plan["cuda"]) == ("cuda", "float16", True)
+    assert plan["notes"] == []
+    assert plan["environment"]["LD_LIBRARY_PATH"].startswith(
+        "/opt/stt-cuda/lib/python3.11/site-packages/nvidia/cublas/lib:"
+    )
+    assert "cudnn/lib" in plan["environment"]["LD_LIBRARY_PATH"]
+
+
+def test_change_of_engine_stops_the_other_unit() -> None:
+    plan = _stt_plan.make_plan(request(engine="builtin"), Machine(running=["speaches", "voicegate"]).facts)
+    assert plan["stop"] == ["speaches"]
+
+
+def test_disabled_stops_everything() -> None:
+    plan = _stt_plan.make_plan(
+        request(engine="builtin", enabled=False), Machine(running=["speaches", "voicegate"]).facts
+    )
+    assert plan["stop"] == ["speaches", "voicegate"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "medium"},
+        {"quantization": "float32"},
+        {"port": 8001},
+        {"language": "de"},
+        {"ttl": 60},
+        {"gateway_digest": "h" * 64},
+    ],
+)
+def test_every_setting_changes_the_unit_or_its_environment(change: dict[str, Any]) -> None:
+    before = _stt_plan.make_plan(request(engine="builtin"), Machine().facts)
+    after = _stt_plan.make_plan(request(engine="builtin", **change), Machine().facts)
+    assert (before["environment"], before["exec_start"]) != (after["environment"], after["exec_start"])
+
+
+def test_details_of_speaches_with_a_key_are_not_asked_for() -> None:
+    assert _stt_plan.make_plan(request(), Machine().facts)["details_url"] == "http://127.0.0.1:8000/api/ps"
+    assert _stt_plan.make_plan(request(has_key=True), Machine().facts)["details_url"] == ""
+
+
+def test_summary_tells_what_the_engine_says() -> None:
+    plan = _stt_plan.make_plan(request(engine="builtin"), Machine().facts)
+    health = {"json": {"model": "large-v3-turbo", "device": "cpu", "compute_type": "float32"}}
+    summary = _stt_plan.summarize(plan, True, "10.1.2.3", health)
+    assert summary["url"] == "http://10.1.2.3:8000/v1"
+    assert summary["quantization"] == "float32"
+    assert "int8 was asked of the engine, which computes as float32" in summary["notes"]
+    assert any("int8" in note and "float16" in note for note in summary["notes"])
+    # In check mode nothing was asked.
+    assert _stt_plan.summarize(plan, True, "", {"skipped": True})["quantization"] == "int8"
+    assert _stt_plan.summarize(plan, False, "10.1.2.3", {})["url"] == ""
