@@ -22,7 +22,7 @@ setup: .venv/ready $(LINK) ## Make .venv with everything a checkout needs
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e gateway
+	$(BIN)/uv pip install --quiet --python .venv --no-deps --offline -e gateway
 	@touch $@
 
 $(LINK):
@@ -66,7 +66,7 @@ e2e: setup ## Run molecule and the end-to-end tests in an Incus daemon of their 
 bench: setup ## Measure and print ratios (nothing here passes or fails)
 	$(BIN)/python bench/run.py $(ARGS)
 
-lock: setup ## Pin requirements-dev.in again
+lock: ## Pin requirements-dev.in again
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --no-emit-index-url \
 	  --no-annotate --python-version 3.11 --output-file requirements-dev.txt requirements-dev.in
 

@@ -397,7 +397,7 @@ class Slow(threading.Thread):
         self.times: list[float] = []
         self.first = threading.Event()
         self.leave = threading.Event()
-        self.audio = long_audio(60)
+        self.audio = long_audio(40)
 
     def run(self) -> None:
         stream = self.client.audio.transcriptions.create(

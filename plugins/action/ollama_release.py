@@ -52,7 +52,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         machine, link = lines[0].strip(), lines[1].strip()
         arch = _ollama_source.ARCHITECTURES.get(machine)
         if arch is None:
-            raise AnsibleActionFail(f"There is no Ollama for the machine type {machine}; x86_64 and aarch64 have one")
+            raise AnsibleActionFail(f"There is no Ollama for {machine}, only for x86_64 and aarch64")
         request = _ollama_source.Request(
             version=args["version"].removeprefix("v"),
             arch=arch,

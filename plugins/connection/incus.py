@@ -173,6 +173,7 @@ import os
 import re
 import shlex
 import signal
+import stat
 import threading
 import typing as t
 from collections.abc import Callable, Iterator
@@ -379,13 +380,14 @@ class Connection(ConnectionBase):  # type: ignore[misc]
         what = f"{in_path} of instance {self._name!r} to {out_path}"
         with _local_file(out_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as sink:
             try:
-                self._transfer(what, f"cat < {shlex.quote(in_path)}", stdout=sink.write)
-                sink.flush()
+                self._transfer(
+                    what, f"cat < {shlex.quote(in_path)}", stdout=lambda block: _write_all(sink, block)
+                )
             except OSError as exc:
-                _remove(out_path)
+                _remove(out_path, sink)
                 raise AnsibleError(f"Could not copy {what}: {exc.strerror or exc}") from exc
             except BaseException:
-                _remove(out_path)
+                _remove(out_path, sink)
                 raise
 
     def reset(self) -> None:
@@ -536,8 +538,15 @@ def _local_file(path: str, flags: int) -> Iterator[t.BinaryIO]:
         raise AnsibleFileNotFound(f"The local file {path} does not exist.") from exc
     except OSError as exc:
         raise AnsibleError(f"Cannot open the local file {path}: {exc.strerror}") from exc
-    with os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "wb") as handle:
-        yield handle
+    # Without a buffer: a full disk is met where it can be told, not at closing.
+    with os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "wb", buffering=0) as handle:
+        yield t.cast("t.BinaryIO", handle)
+
+
+def _write_all(sink: t.BinaryIO, block: bytes) -> None:
+    view = memoryview(block)
+    while view:
+        view = view[sink.write(view) :]
 
 
 class _Counted:
@@ -553,6 +562,8 @@ class _Counted:
         return block
 
 
-def _remove(path: str) -> None:
+def _remove(path: str, handle: t.BinaryIO) -> None:
+    """Leave no half of a file behind (and no device without its node)."""
     with contextlib.suppress(OSError):
-        os.unlink(path)
+        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            os.unlink(path)

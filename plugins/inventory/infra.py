@@ -172,21 +172,25 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
     def sources(self, path: str) -> list[str]:
         return [path, *getattr(self.inventory, "processed_sources", [])]
 
-    def group_files(self, path: str, name: str) -> Mapping[str, Any]:
-        """What the user's group_vars say of a group."""
-        found: Mapping[str, Any] = get_vars_from_inventory_sources(
-            self.loader, self.sources(path), [quiet_group(name)], "all"
-        )
+    def files_of(self, path: str, entity: Any, what: str) -> Mapping[str, Any]:
+        """What the user's group_vars or host_vars say of a group or a host."""
+        try:
+            found: Mapping[str, Any] = get_vars_from_inventory_sources(
+                self.loader, self.sources(path), [entity], "all"
+            )
+        except AnsibleError as error:  # Ansible does not always say which file it was
+            raise AnsibleParserError(f"{os.path.dirname(path)}/{what}/{entity.name}: {error}") from error
         return found
+
+    def group_files(self, path: str, name: str) -> Mapping[str, Any]:
+        return self.files_of(path, quiet_group(name), "group_vars")
 
     def user_vars(self, path: str) -> Any:
         def find(machine: str, groups: tuple[str, ...]) -> dict[str, Any]:
             found: dict[str, Any] = {}
             for name in ("all", *groups):
                 found.update(self.group_files(path, name))
-            found.update(
-                get_vars_from_inventory_sources(self.loader, self.sources(path), [Host(machine)], "all")
-            )
+            found.update(self.files_of(path, Host(machine), "host_vars"))
             return found
 
         return find

@@ -52,10 +52,11 @@ HOOKS = (
     'rm -rf "$1"/usr/share/man/* "$1"/usr/share/info/* "$1"/var/log/*.log "$1"/var/log/apt/*'
     ' && find "$1/usr/share/doc" -type f ! -name copyright -delete',
     # Every container makes its own identity at its first boot.
-    'rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin "$1/etc/hostname" "$1/var/lib/dbus/machine-id"'
-    ' && : > "$1/etc/machine-id"',
-    # Empty lists must look old, or tools that update them "once an hour" find no package.
-    'mkdir -p "$1/var/lib/apt/lists/partial" && touch -d @0 "$1/var/lib/apt/lists"',
+    'rm -rf "$1/etc/hostname" "$1/var/lib/dbus/machine-id" && : > "$1/etc/machine-id"',
+    # Empty package lists must look old, or tools that update them "once an hour" find no package. That is
+    # why mmdebstrap is told to leave apt's files alone.
+    'cd "$1/var/cache/apt" && rm -rf *.bin archives/*.deb && cd "$1/var/lib/apt"'
+    " && rm -rf lists/* && mkdir -p lists/partial && touch -d @0 lists",
 )
 
 TEMPLATES = {
@@ -102,7 +103,7 @@ class Recipe:
             "mmdebstrap",
             "--quiet",
             "--variant=minbase",
-            "--skip=cleanup/apt/lists",
+            "--skip=cleanup/apt",
             f"--architectures={self.architecture}",
             f"--components={','.join(self.components)}",
             f"--include={','.join(sorted(set(self.packages)))}",
@@ -217,11 +218,11 @@ def tools_missing() -> list[str]:
 
 def build_rootfs(recipe: Recipe, target: str, *, timeout: float = 900.0) -> None:
     """Run mmdebstrap and compress what it gives (zstd, fast) into the file `target`."""
-    for tool in ("mmdebstrap", "zstd"):
-        if shutil.which(tool) is None:
-            raise BuildError(
-                f"{tool} is not installed; the role incus_host installs it (or: apt install {tool})."
-            )
+    missing = tools_missing()
+    if missing:
+        raise BuildError(
+            f"To build an image, {' and '.join(missing)} must be installed (apt install {' '.join(missing)})."
+        )
     deadline = time.monotonic() + timeout
     environment = {**os.environ, **apt_proxy_environment(), "LC_ALL": "C.UTF-8"}
     argv = recipe.command()

@@ -106,6 +106,7 @@ class Applier:
         self.sleep = sleep
         self.outcome = Outcome()
         self._guard = threading.Lock()
+        self._bridges = threading.Lock()
         self._idle: queue.SimpleQueue[IncusClient] = queue.SimpleQueue()
         self._clients: list[IncusClient] = []
         self._bad: dict[Key, str] = {}
@@ -404,9 +405,28 @@ class Applier:
                     self._unprotect(client, step)
                 if step.stop:
                     self._stop(client, step, gentle=10 if step.gentle else 0)
-            self._run(client, "DELETE", path_of(step), step)
+            if step.kind == "network":
+                self._delete_network(client, step)
+            else:
+                self._run(client, "DELETE", path_of(step), step)
         except IncusNotFound:
             return
+
+    def _delete_network(self, client: IncusClient, step: Step) -> None:
+        """One at a time: Incus looks at all bridges, and fails if one of them vanishes meanwhile."""
+        with self._bridges:
+            for attempt in range(ATTEMPTS):
+                try:
+                    self._run(client, "DELETE", path_of(step), step)
+                except IncusNotFound:
+                    raise
+                except IncusError as exc:
+                    # Somebody else may remove one, too.
+                    if "does not exist" not in str(exc) or attempt == ATTEMPTS - 1:
+                        raise
+                    self.sleep(0.2)
+                else:
+                    return
 
     def _unprotect(self, client: IncusClient, step: Step) -> None:
         """Only where infra.yml says `ephemeral: true` now and the protection was ours."""

@@ -604,8 +604,7 @@ class IncusClient:
         with self._exchange("GET", _target(path, project, query), None, {}, stall, stalls=True) as answer:
             if answer.status >= 400:
                 self._read("GET", path, answer)
-            while block := answer.read(BLOCK):
-                sink.write(block)
+            _copy(answer, sink)
             return dict(answer.headers.items())
 
     def file_get(
@@ -626,8 +625,7 @@ class IncusClient:
             if info.type == "directory":
                 info.entries = list(json.loads(answer.read() or b"{}").get("metadata") or ())
                 return info
-            while block := answer.read(BLOCK):
-                sink.write(block)
+            _copy(answer, sink)
             return info
 
     def file_put(
@@ -886,6 +884,14 @@ class _Answer:
         self._answer.close()
         if isinstance(value, (OSError, http.client.HTTPException)) and not _local_error(value):
             raise self._client._broken(value, self._method, self._target, self._limit) from value
+
+
+def _copy(answer: http.client.HTTPResponse, sink: t.BinaryIO) -> None:
+    while block := answer.read(BLOCK):
+        sink.write(block)
+    if answer.length:
+        # http.client keeps quiet about an answer that is shorter than announced.
+        raise http.client.IncompleteRead(b"", answer.length)
 
 
 def _local_error(exc: BaseException) -> bool:

@@ -246,20 +246,23 @@ def needs_restart(
     vm = instance_type == "virtual-machine"
     why: list[str] = []
     for key in sorted({*config_before, *config_after}):
-        if config_before.get(key) == config_after.get(key) or key.startswith(("volatile.", "image.")):
+        old, new = config_before.get(key), config_after.get(key)
+        # A container's switch that is not there is off; some of a virtual machine's are on.
+        same = old == new or (not vm and (old or "false") == (new or "false"))
+        if same or key.startswith(("volatile.", "image.")):
             continue
         if (not key.startswith(_VM_LIVE)) if vm else key.startswith(_CONTAINER_RESTART):
             why.append(key)
     for name in sorted({*devices_before, *devices_after}):
-        old, new = devices_before.get(name), devices_after.get(name)
-        if old == new:
+        had, has = devices_before.get(name), devices_after.get(name)
+        if had == has:
             continue
-        kind = (new or old or {}).get("type")
+        kind = (has or had or {}).get("type")
         if vm and kind == "gpu":
             why.append(name)
         # A card that is plugged or pulled is seen at once; one that moves must ask for its address again.
-        elif kind == "nic" and old and new:
-            why.extend(f"{name}.{k}" for k in sorted(_NIC_RESTART) if old.get(k) != new.get(k))
+        elif kind == "nic" and had and has:
+            why.extend(f"{name}.{k}" for k in sorted(_NIC_RESTART) if had.get(k) != has.get(k))
     return why
 
 

@@ -61,6 +61,11 @@ def held(devices: Mapping[str, Mapping[str, str]] | None) -> list[str]:
     return [normal_pci(d["pci"]) for d in (devices or {}).values() if d.get("type") == "gpu" and d.get("pci")]
 
 
+def described(devices: Mapping[str, Mapping[str, str]] | None) -> list[str]:
+    """The cards an instance has, for people: addresses, or `all` for a device that selects none."""
+    return held(devices) + ["all"] * bool(_unselected(devices or {}))
+
+
 def _unselected(devices: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Gpu devices that would hand over every card of the server."""
     selectors = ("pci", "id", "vendorid", "productid", "mdev", "mig.uuid", "mig.gi", "mig.ci")
@@ -128,8 +133,9 @@ def assign(
                 if len(chosen) < count:
                     chosen.append(card)
             if len(chosen) < count:
-                free = f"{len(chosen)} of them free" if compute else "none"
-                problem = f"it asks for {count} GPU(s), the server has {len(compute)} ({free})"
+                problem = "the server has no GPU"
+                if compute:
+                    problem = f"it asks for {count}, and {len(chosen)} of {len(compute)} can be had"
                 chosen = []
         all_cards = _unselected(inherited)
         if problem and not optional:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_gpu as gpu
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_images as images
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_state as state
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusUnreachable
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_diff import MARK, as_text, clean, owner
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_plan import (
     Options,
@@ -116,6 +117,22 @@ def make_plan(
     return Planner(snapshot, desired, options, found).build(), snapshot
 
 
+def blind_plan(desired: Mapping[str, Any], options: Options, why: str) -> tuple[Plan, state.Snapshot]:
+    """Check mode before there is a daemon: what would be done on an empty server."""
+    snapshot = state.Snapshot(
+        projects={"default": {"name": "default", "config": {"features.networks": "true"}}},
+        profiles={("default", "default"): {"name": "default", "project": "default"}},
+    )
+    if options.state == "absent":
+        plan = plan_absent(snapshot, desired, options)
+    else:
+        # Which cards and images there are cannot be known yet.
+        instances = [{**i, "gpu": None} for i in desired.get("instances") or []]
+        plan = Planner(snapshot, {**desired, "instances": instances}, options).build()
+    plan.note(f"Shown is what a run on an empty server does. {why}")
+    return plan, snapshot
+
+
 def _new_subnets(snapshot: state.Snapshot, desired: Mapping[str, Any]) -> bool:
     for network in desired.get("networks") or []:
         current = snapshot.networks.get((str(network.get("project") or "default"), str(network["name"])))
@@ -138,7 +155,12 @@ def reconcile(
     check_desired(desired)
     if desired.get("source"):
         options.infra_file = os.path.basename(str(desired["source"]))
-    plan, snapshot = make_plan(client, desired, options, settings)
+    try:
+        plan, snapshot = make_plan(client, desired, options, settings)
+    except IncusUnreachable as exc:
+        if not check or client.endpoint.url:
+            raise
+        plan, snapshot = blind_plan(desired, options, str(exc))
     result = describe(plan, snapshot, desired, options)
     result["requests"] = client.requests
     if diff:
@@ -212,7 +234,7 @@ def summaries(plan: Plan, snapshot: state.Snapshot) -> list[dict[str, Any]]:
                 "name": step.name,
                 "project": step.project,
                 "address": address_of(step.after.get("devices")),
-                "gpu": plan.gpus.get((step.project, step.name)) or gpu.held(step.after.get("devices")),
+                "gpu": plan.gpus.get((step.project, step.name)) or gpu.described(step.after.get("devices")),
                 "status": "Running" if runs else str(current.get("status") or "Stopped"),
             }
         )
@@ -262,12 +284,16 @@ def one_diff(step: Step) -> dict[str, str]:
 
 
 def info(
-    client: IncusClient, project_name: str | None, *, live: bool = False, resources: bool = True
+    client: IncusClient, desired: Mapping[str, Any] | None = None, *, live: bool = False, gpus: bool = True
 ) -> dict[str, Any]:
-    """What is on the server, for people and for templates. `live` asks for the present addresses, too."""
+    """What is on the server, for people and for templates: with `desired` only what is of that project_name.
+
+    `live` asks for the present addresses, too.
+    """
+    project_name = str(desired["project_name"]) if desired and desired.get("project_name") else None
     snapshot = state.read(client, recursion=2 if live else 1)
     cards: list[gpu.Card] = []
-    if resources:
+    if gpus:
         state.read_resources(client, snapshot)
         cards = gpu.cards_of(snapshot.resources)
 
@@ -309,6 +335,15 @@ def info(
             _instance_info(project, name, i)
             for (project, name), i in sorted(snapshot.instances.items())
             if ours(i)
+        ]
+        + [
+            {
+                **_instance_info(str(i.get("project") or "default"), str(i["name"]), {}),
+                "type": str(i.get("type") or "container"),
+                "status": "Missing",
+                "address": address_of(i.get("devices")),
+            }
+            for i in missing(snapshot, desired or {})
         ],
         "gpus": [
             {
@@ -345,7 +380,7 @@ def _instance_info(project: str, name: str, i: Mapping[str, Any]) -> dict[str, A
         "status": i.get("status", ""),
         "location": "" if i.get("location") in (None, "none") else i["location"],
         "address": address_of(devices),
-        "gpu": gpu.held(devices),
+        "gpu": gpu.described(devices),
         "managed": owner(i) or "",
         "profiles": list(i.get("profiles") or []),
         "config": {k: v for k, v in _without_marks(i).items() if not k.startswith("image.")},

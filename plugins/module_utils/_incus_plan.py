@@ -69,6 +69,7 @@ class Options:
     prune_volumes: bool = False
     protected: str = "keep"
     storage_pool: str = "default"
+    start: bool = True
     infra_file: str = "infra.yml"
 
 
@@ -445,7 +446,7 @@ class Planner:
         home = self.there.feature(project, "profiles", self.declared_projects)
         step.needs |= self._device_needs(project, devices) | {("profile", home, p) for p in profiles}
         self._references(step, home, profiles, devices)
-        started = obj.get("started", True)
+        started = bool(obj.get("started", True)) and self.options.start
         if current is None:
             self._create(step, obj, itype, started)
             return
@@ -792,8 +793,6 @@ def plan_removals(
             drop(step)
     if options.protected == "fail":
         plan.errors += [f"{s.title} is {s.why}" for s in kept if s.kind == "instance"]
-    for step in kept:
-        plan.note(f"Kept: {step.label}: {step.why}.")
     plan.steps += steps
     return steps
 

@@ -349,7 +349,8 @@ class _Session:
         self.client, self.instance, self.operation = client, instance, operation
         self.stdin, self.stdout, self.stderr = streams
         self.source = _chunks(stdin)
-        self.input_done = False
+        self.input_done = False  # all of it is queued
+        self.input_sent = False  # and has left
         self.collected: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
         self.sink = sink
         self.gate = gate
@@ -388,6 +389,7 @@ class _Session:
             for stream, name in ((self.stdin, ""), (self.stdout, "stdout"), (self.stderr, "stderr")):
                 if stream in ready or stream.buffered:
                     stream.flush()
+                    self._note_sent()
                     self._collect(stream, name)
             if self.gate is not None:
                 self._ask(self.gate)
@@ -459,6 +461,12 @@ class _Session:
                 self.stdin.queue(BINARY, chunk)
                 self.moved = self.clock()
             self.stdin.flush()
+            self._note_sent()
+
+    def _note_sent(self) -> None:
+        # Noted at once: a late answer to a ping may still find the connection closed.
+        if self.input_done and not self.stdin.pending and self.stdin.broken is None:
+            self.input_sent = True
 
     def _collect(self, stream: WebSocket, name: str) -> None:
         for block in stream.receive():
@@ -515,7 +523,7 @@ class _Session:
             returncode=code,
             stdout=bytes(self.collected["stdout"]),
             stderr=bytes(self.collected["stderr"]),
-            input_sent=self.input_done and not self.stdin.pending and self.stdin.broken is None,
+            input_sent=self.input_sent,
             output_whole=self.stdout.clean and self.stderr.clean,
         )
 

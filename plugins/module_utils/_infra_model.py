@@ -384,7 +384,6 @@ def build(infra: Infra, *, user_vars: UserVars = _no_user_vars) -> Model:
         _wire(infra, domain, model, user_vars, ips)
     model.all_vars = {
         "project_name": infra.project_name,
-        "default_os_image": infra.default_os_image,
         "sottovoce_infra_file": infra.source,
         "sottovoce_notes": model.notes,
     }

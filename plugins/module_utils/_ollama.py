@@ -69,7 +69,7 @@ class RegistryUnreachable(OllamaError):
 
 def stt_peak_mib(model: str, quantization: str) -> int:
     """VRAM that a speech-to-text engine takes at most; unknown models count as the largest."""
-    name = model.rsplit("/", 1)[-1]
+    name = _ALIASES.get(model, model.rsplit("/", 1)[-1])
     for prefix in ("faster-whisper-", "faster-distil-whisper-", "whisper-"):
         name = name.removeprefix(prefix)
     if "distil-whisper" in model and not name.startswith("distil-"):
@@ -192,7 +192,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
 def plan(
     settings: Mapping[str, Any], release: Mapping[str, Any], machine: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that the role decides: settings of the role, what is installed or found, facts about the machine."""
+    """What the role decides from its settings, what is installed or found, and facts about the machine."""
     gpu = settings["gpu"] == "enabled" or (
         settings["gpu"] == "auto" and bool(release.get("gpu") or machine.get("gpu"))
     )
@@ -451,8 +451,13 @@ class OllamaServer:
         start = moved = self._clock()
         seen: tuple[str, int] | None = None
 
+        sockets: list[socket.socket] = []
+
         def read() -> None:
             try:
+                connection.connect()
+                # Kept here, because the connection forgets it once the answer has begun.
+                sockets.append(connection.sock)
                 connection.request("POST", self._parts.path.rstrip("/") + path, body=json.dumps(body))
                 response = connection.getresponse()
                 for line in response:
@@ -498,9 +503,9 @@ class OllamaServer:
                     seen = (quiet.status, quiet.completed)
                     moved = self._clock()
         finally:
-            with contextlib.suppress(OSError, AttributeError):
-                if connection.sock:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            for sock in sockets:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
             thread.join(timeout=2)
             connection.close()
 

@@ -282,7 +282,12 @@ def find_go(asked: str) -> tuple[str, tuple[int, int]]:
     try:
         # Outside of any module, so that nothing is switched yet.
         output = subprocess.run(
-            [path, "version"], capture_output=True, text=True, timeout=10, check=True, cwd="/",
+            [path, "version"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            cwd="/",
             env={**os.environ, "GOTOOLCHAIN": "local"},
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -383,7 +388,8 @@ def build(go: str, environ: Mapping[str, str], target: Path, pin: str, request: 
     if module.get("Sum") != pin:
         raise SourceError(f"the Go module has the checksum {module.get('Sum')}, expected is {pin}")
     # Also fetches the dependencies; their number is what the progress is measured against.
-    listing = run_go([go, "list", "-C", module["Dir"], "-deps", "."], environ, request.timeout, "a dependency")
+    list_all = [go, "list", "-C", module["Dir"], "-deps", "."]
+    listing = run_go(list_all, environ, request.timeout, "a dependency")
     partial = target.with_suffix(".part")
     argv = [
         go, "build", "-C", module["Dir"], "-v", "-trimpath", "-buildvcs=false", "-mod=readonly",

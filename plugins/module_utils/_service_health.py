@@ -8,9 +8,10 @@ from __future__ import annotations
 import configparser
 import json
 import os
+import time
 import urllib.error
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ansible.module_utils.urls import open_url
@@ -135,3 +136,39 @@ def describe(
     if isinstance(details, dict):
         result["details"] = details
     return result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How waiting for a daemon ended: problem is empty when it is healthy."""
+
+    problem: str = ""
+    health: dict[str, Any] = field(default_factory=dict)
+
+
+def wait_healthy(
+    *,
+    fetch: Callable[[], tuple[int | None, Any, str]],
+    unit_state: Callable[[], str],
+    expected: Collection[int],
+    timeout: float,
+    interval: float = 0.25,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Outcome:
+    """
+    Ask until an expected status comes, the unit has failed, or timeout seconds are over.
+
+    fetch gives (status, decoded JSON, error) of the health URL; unit_state gives systemd's ActiveState, which
+    is asked only while the URL does not answer as it should.
+    """
+    deadline = clock() + timeout
+    while True:
+        status, body, error = fetch()
+        if status in expected:
+            return Outcome(health=body if isinstance(body, dict) else {})
+        if unit_state() == "failed":
+            return Outcome("the unit has failed")
+        if clock() >= deadline:
+            return Outcome(f"no healthy answer within {timeout:g} s, the last was: {error or f'HTTP {status}'}")
+        sleep(interval)

@@ -25,7 +25,8 @@ class Facts:
 
     nodes: Sequence[str]
     machine: str
-    python: str  # of the system, such as 3.11
+    python: str  # version of the system's Python, such as 3.11
+    python_path: str
     digest_at: Callable[[str], str]  # digest recorded for what was put at a path
     stamp_at: Callable[[str], str]  # stamp of a finished installation
     model_at: Callable[[str], bool]  # does a folder hold a model
@@ -140,7 +141,7 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 
 
 def _engine(request: Mapping[str, Any], engine: str, device: str, facts: Facts) -> dict[str, Any]:
-    release = _speaches_release(request, facts) if engine == "speaches" else _builtin_release(request)
+    release = _speaches_release(request, facts) if engine == "speaches" else _builtin_release(request, facts)
     model = _model(request, engine, facts)
     stamp = _stt.stamp(
         engine, release["digest"], request["cuda_lock"] if device == "cuda" else "", release["python"]
@@ -157,20 +158,21 @@ def _engine(request: Mapping[str, Any], engine: str, device: str, facts: Facts) 
         "install": not installed,
         "provide_model": not copied or bool(model.get("fetch")),
         "cuda": device == "cuda",
+        "system_python": facts.python_path,
         "state": STATES[engine],
         **service(request, engine, release, model, device, stamp, facts.python),
     }
 
 
-def _builtin_release(request: Mapping[str, Any]) -> dict[str, Any]:
+def _builtin_release(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     digest = request["gateway_digest"]
-    # Below 3.11 uv provides an interpreter.
+    # Targets have at least 3.11 (Debian 12).
     return {
         "path": f"{ROOTS['builtin']}/releases/{digest[:12]}",
         "digest": digest,
         "src": request["gateway_path"],
         "version": request["gateway_version"],
-        "python": request["python"],
+        "python": facts.python_path,
     }
 
 

@@ -368,6 +368,8 @@ def run_step(
             return
         output = (done.stderr or "") + (done.stdout or "")
         cause = explain(output)
+        if done.returncode < 0:
+            cause = f"uv was ended by signal {-done.returncode}; the next run starts anew"
         if remaining == 0 or cause != UNREACHABLE or clock() - started < WORTH_ANOTHER_TRY:
             raise UvError(f"{settings.path}: {cause}", output.strip())
 

@@ -72,6 +72,12 @@ options:
     description: The pool of root disks and volumes that name none.
     type: str
     default: default
+  start:
+    description:
+      - Start machines that are declared to run. With V(false), new machines are made without
+        being started, and stopped ones stay stopped.
+    type: bool
+    default: true
   image_server:
     description: The simplestreams server that images named C(images:…) are fetched from when there is no
       local alias.
@@ -216,6 +222,7 @@ def main() -> None:
             "protected": {"type": "str", "choices": ["keep", "fail"], "default": "keep"},
             "adopt": {"type": "bool", "default": False},
             "storage_pool": {"type": "str", "default": "default"},
+            "start": {"type": "bool", "default": True},
             "image_server": {"type": "str", "default": infra.IMAGE_SERVER},
             "image_fallback": {"type": "str"},
             "parallel": {"type": "int", "default": 8},
@@ -232,6 +239,7 @@ def main() -> None:
         prune_volumes=p["prune_volumes"],
         protected=p["protected"],
         storage_pool=p["storage_pool"],
+        start=p["start"],
     )
     settings = infra.Settings(
         image_server=p["image_server"],

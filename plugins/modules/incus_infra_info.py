@@ -25,10 +25,13 @@ attributes:
 extends_documentation_fragment:
   - sottovoce.stack.incus
 options:
-  project_name:
-    description: Only what carries the mark of this C(project_name) of infra.yml. Without it, everything.
-    type: str
-  live:
+  desired:
+    description:
+      - The declared state, as for M(sottovoce.stack.incus_infra). Then only what carries the mark of its
+        C(project_name) is told, and declared machines that are not there have the status C(Missing).
+      - Without it, everything on the server is told.
+    type: dict
+  state:
     description:
       - Also ask every machine for its present addresses, memory and processes. The server needs some
         milliseconds more per machine.
@@ -47,8 +50,8 @@ author:
 EXAMPLES = r"""
 - name: What is there
   sottovoce.stack.incus_infra_info:
-    project_name: home
-    live: true
+    desired: "{{ sottovoce_state }}"
+    state: true
   register: server
 """
 
@@ -72,7 +75,7 @@ instances:
   description:
     - The machines, with name, project, type, status, location, static address, gpu (PCI addresses),
       C(managed), profiles, config and C(protected).
-    - With O(live=true) also C(addresses) per interface, C(memory) (C(usage) and C(total) in bytes) and
+    - With O(state=true) also C(addresses) per interface, C(memory) (C(usage) and C(total) in bytes) and
       C(processes).
   returned: always
   type: list
@@ -103,8 +106,8 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             **infra.CONNECTION_SPEC,
-            "project_name": {"type": "str"},
-            "live": {"type": "bool", "default": False},
+            "desired": {"type": "dict"},
+            "state": {"type": "bool", "default": False},
             "gpus": {"type": "bool", "default": True},
         },
         supports_check_mode=True,
@@ -112,7 +115,7 @@ def main() -> None:
     p = module.params
     try:
         with IncusClient(Endpoint.from_params(p), timeout=p["timeout"]) as client:
-            result = infra.info(client, p["project_name"] or None, live=p["live"], resources=p["gpus"])
+            result = infra.info(client, p["desired"], live=p["state"], gpus=p["gpus"])
     except IncusError as exc:
         module.fail_json(msg=str(exc))
     module.exit_json(changed=False, **result)

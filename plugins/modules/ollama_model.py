@@ -219,9 +219,7 @@ def main() -> None:
         "before_header": "models of the server",
         "after_header": "models of the server",
     }
-    module.exit_json(
-        changed=outcome.changed, models=outcome.models, left_out=outcome.left_out, diff=diff
-    )
+    module.exit_json(changed=outcome.changed, models=outcome.models, left_out=outcome.left_out, diff=diff)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ def main() -> None:
         nodes=[os.path.basename(path) for path in glob.glob("/dev/nvidia*")],
         machine=platform.machine(),
         python=f"{sys.version_info[0]}.{sys.version_info[1]}",
+        python_path=sys.executable,
         digest_at=lambda path: _stt_tree.recorded(Path(path)),
         stamp_at=stamp_at,
         model_at=lambda path: os.path.isfile(os.path.join(path, "model.bin")),

@@ -1,9 +1,9 @@
 """
 The role stt_server with the real Speaches.
 
-Its source is not among what a package registry offers: SOTTOVOCE_SPEACHES_SOURCE names a checkout or archive of it.
-SOTTOVOCE_SPEACHES_PYTHON names the prefix of a Python 3.12 on this machine, which is handed in read-only; left out,
-one that pyenv or the system has is taken.
+Its source is on no package registry: SOTTOVOCE_SPEACHES_SOURCE names a checkout or an archive of it.
+SOTTOVOCE_SPEACHES_PYTHON names the prefix of a Python 3.12 on this machine, which is handed in
+read-only; left out, one of pyenv's is taken.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
-
-if TYPE_CHECKING:
-    from conftest import Collection, Run
 
 pytestmark = [pytest.mark.incus, pytest.mark.speaches]
 
@@ -80,10 +77,10 @@ def inside(*command: str) -> str:
 
 @dataclass
 class Server:
-    collection: Collection
+    collection: Any
     inventory: Path
     source: str
-    first: Run
+    first: Any = None
 
     def configure(
         self, engine: str = "speaches", model: str = "model", quantization: str = "float16"
@@ -95,7 +92,7 @@ class Server:
             encoding="utf-8",
         )
 
-    def apply(self, *arguments: str) -> Run:
+    def apply(self, *arguments: str) -> Any:
         return self.collection.play("apply", self.inventory, *arguments, timeout=1200)
 
     @property
@@ -117,7 +114,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(collection: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     source = os.environ.get("SOTTOVOCE_SPEACHES_SOURCE", "")
     if not source:
         pytest.skip("no source of Speaches (SOTTOVOCE_SPEACHES_SOURCE)")
@@ -129,7 +126,7 @@ def server(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> 
     (inventory / "infra.yml").write_text(
         INFRA.format(domain=DOMAIN, machine=MACHINE, python=python), encoding="utf-8"
     )
-    made = Server(collection, inventory, source, first=None)  # type: ignore[arg-type]
+    made = Server(collection, inventory, source)
     made.configure()
     try:
         collection.play("apply", inventory, "--tags", "infra,base")
@@ -157,11 +154,11 @@ def test_requests_may_use_the_names_people_write(server: Server, name: str) -> N
 
 
 def test_installed_as_documented(server: Server) -> None:
-    release = "/opt/speaches/releases/0.9.0-rc.3"
-    user, command = inside("sh", "-c", "ps -o user=,args= -C uvicorn").strip().split(None, 1)
-    assert user == "speaches"
-    assert command.startswith(f"{release}/.venv/bin/python")
-    aliases = json.loads(inside("cat", f"{release}/model_aliases.json"))
+    shown = inside("systemctl", "show", "speaches", "--property=User,WorkingDirectory,UnitFileState")
+    unit = dict(line.split("=", 1) for line in shown.split())
+    assert (unit["User"], unit["UnitFileState"]) == ("speaches", "enabled")
+    assert unit["WorkingDirectory"].startswith("/opt/speaches/releases/0.9.0-rc.3")
+    aliases = json.loads(inside("cat", f"{unit['WorkingDirectory']}/model_aliases.json"))
     assert aliases["large-v3-turbo"] == "deepdml/faster-whisper-large-v3-turbo-ct2"
     environment = inside("cat", "/etc/sottovoce/speaches.env")
     assert 'WHISPER__COMPUTE_TYPE="int8"' in environment

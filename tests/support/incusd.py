@@ -412,6 +412,10 @@ def create(*, pool: str = "auto", size: str = "30GiB", image: bool = False, stay
         )
     for old in leftovers():
         old.remove()
+    if len(str(base_folder())) > 48:
+        raise DaemonError(
+            f"{base_folder()} is too long a path for the sockets below it; set SOTTOVOCE_TEST_DIR."
+        )
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base_folder()))
     daemon = Daemon(folder)
     try:

@@ -7,6 +7,7 @@ python tests/support/role_docs.py --write   writes them
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def _description(option: dict[str, Any]) -> str:
     words = " ".join(text if isinstance(text, list) else [text]).split()
     if option.get("choices"):
         words.append(f"One of {', '.join(f'`{choice}`' for choice in option['choices'])}.")
-    return " ".join(words).replace("|", "\\|")
+    # Ansible's markup: C(code), V(value), O(option), M(module), P(plugin#kind) are all code in Markdown.
+    return re.sub(r"\b[CVOMP]\(([^)#]+)(?:#\w+)?\)", r"`\1`", " ".join(words)).replace("|", "\\|")
 
 
 def table(role: Path) -> str:

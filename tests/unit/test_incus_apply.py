@@ -311,3 +311,30 @@ def test_a_machine_that_is_gone_already_is_no_failure(server: FakeServer) -> Non
 
     server.hook = hook
     assert actions(run(server, desired(), state="absent"))["one"] == "deleted"
+
+
+def test_bridges_are_removed_one_at_a_time_and_again_if_another_vanished(server: FakeServer) -> None:
+    wanted = desired()
+    wanted["networks"] += [
+        {"name": f"net-{i}", "config": {"ipv4.address": f"10.{i}.0.1/24"}} for i in range(5)
+    ]
+    run(server, wanted)
+    gate, now, most, tries = threading.Lock(), [0], [0], []
+
+    def hook(method: str, path: str, body: Any) -> None:
+        if method != "DELETE" or "networks" not in path:
+            return
+        with gate:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        threading.Event().wait(0.01)
+        with gate:
+            now[0] -= 1
+        tries.append(path)
+        if len(tries) == 2:
+            raise IncusError('ip link show net-x: exit status 1 (Device "net-x" does not exist.)', code=500)
+
+    server.hook = hook
+    assert set(actions(run(server, desired(), state="absent")).values()) == {"deleted"}
+    assert most[0] == 1
+    assert len(tries) == 7

@@ -152,6 +152,7 @@ def test_the_diff_text_has_no_bookkeeping() -> None:
         ("container", {"nvidia.runtime": "false"}, {"nvidia.runtime": "true"}, ["nvidia.runtime"]),
         ("container", {"limits.memory": "1"}, {"limits.memory": "2", "boot.autostart": "true"}, []),
         ("container", {"volatile.x": "1"}, {}, []),
+        ("container", {}, {"security.nesting": "false"}, []),
         ("virtual-machine", {}, {"security.secureboot": "false"}, ["security.secureboot"]),
         ("virtual-machine", {}, {"limits.memory": "2GiB", "user.a": "1"}, []),
     ],

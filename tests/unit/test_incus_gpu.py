@@ -66,7 +66,7 @@ def test_two_machines_naming_one_card() -> None:
 def test_more_cards_than_there_are() -> None:
     assert give(want("m", count=2))["m"].cards == [A, B]
     error = give(want("m", count=4))["m"].error
-    assert "asks for 4" in error
+    assert "asks for 4, and 3 of 3 can be had" in error
     assert A in error
     assert "RTX 3060" in error
 

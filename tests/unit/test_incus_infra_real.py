@@ -256,7 +256,8 @@ def test_prune_protection_and_strangers(lab: Lab) -> None:
     assert lab.run(rest)["changed"] is False
     result = lab.run(rest, prune=True)
     assert actions(result, "instance") == {"one": "unchanged", "gone": "deleted", "kept": "skipped"}
-    assert "incus config set kept security.protection.delete=false" in " ".join(result["notes"])
+    why = [r["why"] for r in result["resources"] if r["name"] == "kept"]
+    assert "incus config set kept security.protection.delete=false" in why[0]
     with pytest.raises(infra.InfraError, match="protected against deletion"):
         lab.run(rest, state="absent", protected="fail")
     # Taken back in infra.yml, it goes.

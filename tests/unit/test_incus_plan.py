@@ -11,6 +11,7 @@ from _fake_incus import FakeClient, FakeServer, desired, machine
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_infra as infra
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_plan as planning
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_state as state
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusUnreachable
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_diff import MARK
 
 Obj = dict[str, Any]
@@ -43,6 +44,10 @@ def refused(server: FakeServer, wanted: Obj, **options: Any) -> str:
     assert server.objects == before
     assert caught.value.result["changed"] is False
     return str(caught.value)
+
+
+def reasons(result: Obj) -> str:
+    return "\n".join(f"{r['name']}: {r['why']}" for r in result["resources"] if r["action"] == "skipped")
 
 
 def actions(result: Obj, *kinds: str) -> dict[str, str]:
@@ -83,6 +88,20 @@ def test_check_mode_writes_nothing_and_tells_the_same(server: FakeServer, option
     assert told["changed"] is done["changed"] is True
 
 
+def test_check_mode_before_there_is_a_daemon(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*_args: Any, **_more: Any) -> Any:
+        raise IncusUnreachable("Incus is not running or not installed")
+
+    monkeypatch.setattr(FakeServer, "handle", down)
+    wanted = desired(machine("one", image="images:debian/13", gpu={"optional": False}))
+    told = run(server, wanted, check=True)
+    assert set(actions(told).values()) == {"created"}
+    assert "Incus is not running" in told["notes"][0]
+    with pytest.raises(IncusUnreachable):
+        run(server, wanted)
+    assert run(server, wanted, check=True, state="absent")["changed"] is False
+
+
 def test_drift_is_repaired_and_shown(server: FakeServer) -> None:
     wanted = desired(machine("one", config={"limits.memory": "1GiB"}))
     run(server, wanted)
@@ -106,6 +125,13 @@ def test_a_stopped_machine_is_started_unless_declared_so(server: FakeServer) -> 
     assert actions(run(server, desired(machine("one", started=False))))["one"] == "unchanged"
     assert actions(run(server, desired(machine("one"))))["one"] == "started"
     server.objects["instances"]["a", "one"].update(status="Frozen", status_code=110)
+    assert actions(run(server, desired(machine("one"))))["one"] == "started"
+
+
+def test_nothing_is_started_without_start(server: FakeServer) -> None:
+    run(server, desired(machine("one")), start=False)
+    assert server.objects["instances"]["a", "one"]["status"] == "Stopped"
+    assert run(server, desired(machine("one")), start=False)["changed"] is False
     assert actions(run(server, desired(machine("one"))))["one"] == "started"
 
 
@@ -437,7 +463,7 @@ def test_prune_leaves_what_is_not_ours_and_what_it_stands_on(server: FakeServer)
         "net-b": "skipped",
         "b": "skipped",
     }
-    assert any("machine guest" in n for n in result["notes"])
+    assert "net-b: used by machine guest" in reasons(result)
     assert ("b", "guest") in server.objects["instances"]
     assert ("default", "lan") in server.objects["networks"]
 
@@ -449,9 +475,9 @@ def test_prune_keeps_the_protected_and_says_how(server: FakeServer) -> None:
     result = run(server, desired(machine("one")), prune=True)
     assert result["changed"] is False
     assert {n for n, a in actions(result).items() if a == "skipped"} == {"two", "p", "net-b", "b"}
-    note = next(n for n in result["notes"] if "two" in n)
-    assert "ephemeral: true" in note
-    assert "incus config set two security.protection.delete=false --project b" in note
+    why = reasons(result)
+    assert "set ephemeral: true for two in infra.yml" in why
+    assert "incus config set two security.protection.delete=false --project b" in why
     message = refused(server, desired(machine("one")), prune=True, protected="fail")
     assert "Machine two in project b is protected" in message
 
@@ -487,7 +513,7 @@ def test_volumes_are_removed_only_on_request(server: FakeServer) -> None:
     run(server, desired(machine("one"), volumes=[volume]))
     result = run(server, desired(machine("one")), prune=True)
     assert result["changed"] is False
-    assert any("prune_volumes: true" in n for n in result["notes"])
+    assert "prune_volumes: true" in reasons(result)
     assert actions(run(server, desired(machine("one")), prune=True, prune_volumes=True))["data"] == "deleted"
 
 
@@ -533,8 +559,9 @@ def test_info(server: FakeServer) -> None:
     server.cards = [card("0000:01:00.0")]
     run(server, desired(machine("one", gpu={"optional": False}, config={"limits.cpu": "1"})))
     server.add("instances", ("default", "guest"), {"name": "guest"})
-    found = infra.info(FakeClient(server), "home")  # type: ignore[arg-type]
-    assert [i["name"] for i in found["instances"]] == ["one"]
+    wanted = desired(machine("one"), machine("lost", 2))
+    found = infra.info(FakeClient(server), wanted)  # type: ignore[arg-type]
+    assert {i["name"]: i["status"] for i in found["instances"]} == {"one": "Running", "lost": "Missing"}
     one = found["instances"][0]
     assert (one["address"], one["gpu"], one["managed"]) == ("10.120.0.1", ["0000:01:00.0"], "home")
     assert one["config"] == {"limits.cpu": "1"}

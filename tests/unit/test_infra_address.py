@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import pytest
+from _infra_support import model_of, problems_of
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_address import (
     dhcp_range_of,
     gateway_of,
     overlaps,
 )
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import Model
-from infra_support import model_of, problems_of
 
 
 def nets(model: Model) -> dict[str, str]:
@@ -69,8 +69,12 @@ def test_hosts_in_the_order_of_declaration_skipping_used_ones() -> None:
               last: {}
         """)
     assert ips(model) == {
-        "zz": "10.120.0.1", "aa": "10.120.0.2", "mm": "10.120.0.3", "high": "10.120.0.250", "last": "10.120.0.4",
-    }  # fmt: skip
+        "zz": "10.120.0.1",
+        "aa": "10.120.0.2",
+        "mm": "10.120.0.3",
+        "high": "10.120.0.250",
+        "last": "10.120.0.4",
+    }
 
 
 def test_a_disabled_domain_keeps_its_addresses() -> None:
@@ -89,7 +93,9 @@ def test_a_disabled_domain_keeps_its_addresses() -> None:
 
 def test_base_subnet_of_older_files() -> None:
     head = "project_name: p\nglobal: {base_subnet: 10.100}\n"
-    model = model_of("domains: {a: {subnet_id: 2, trust_level: admin, machines: {m: {}, n: {ip: 10.100.2.1}}}}", head)
+    model = model_of(
+        "domains: {a: {subnet_id: 2, trust_level: admin, machines: {m: {}, n: {ip: 10.100.2.1}}}}", head
+    )
     assert nets(model) == {"net-a": "10.100.2.254/24"}
     assert ips(model) == {"m": "10.100.2.2", "n": "10.100.2.1"}
 
@@ -108,7 +114,7 @@ def test_a_zone_holds_255_domains() -> None:
 
     assert len(model_of(domains(255)).groups) == 256
     problems = problems_of("project_name: p\nglobal: {}\n" + domains(256))
-    assert ["no subnet is left: more than 255 domains in zone semi-trusted"] == [p.message for p in problems]
+    assert [p.message for p in problems] == ["no subnet is left: more than 255 domains in zone semi-trusted"]
 
 
 def test_parts_of_a_subnet() -> None:

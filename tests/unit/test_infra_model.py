@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from _infra_support import DATA, HEAD, model_of
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import load, load_text
-from infra_support import DATA, HEAD, model_of
 
 
 def test_the_users_file_in_full() -> None:
@@ -131,7 +131,11 @@ def test_every_key() -> None:
         "web": {"type": "proxy", "listen": "tcp:127.0.0.1:8080", "connect": "tcp:127.0.0.1:80"},
     }  # fmt: skip
     assert gpu["gpu"] == {"pci": "0000:01:00.0", "optional": True}
-    assert (gpu["image"], gpu["target"], gpu["profiles"]) == ("images:ubuntu/24.04", "@gpu", ["default", "small"])
+    assert (gpu["image"], gpu["target"], gpu["profiles"]) == (
+        "images:ubuntu/24.04",
+        "@gpu",
+        ["default", "small"],
+    )
     vm = state["lab-vm"]
     assert vm["type"] == "virtual-machine"
     assert vm["config"] == {"security.protection.delete": "false"}
@@ -182,9 +186,15 @@ def test_a_file_of_anklume_loads_and_is_told_once_what_is_left_out() -> None:
     assert model.hosts["ai-chat"].vars["instance_roles"] == ["base_system", "lobechat"]
     assert len(model.notes) == 3
     ignored, roles, isolation = model.notes
-    for key in ("global default_connection", "global nesting_prefix", "global resource_policy",
-                "domain file_portal (ai-tools)", "domain ai_provider (ai-tools)", "machine weight (gpu-server)",
-                "machine export_apps (ai-chat)"):  # fmt: skip
+    for key in (
+        "global default_connection",
+        "global nesting_prefix",
+        "global resource_policy",
+        "domain file_portal (ai-tools)",
+        "domain ai_provider (ai-tools)",
+        "machine weight (gpu-server)",
+        "machine export_apps (ai-chat)",
+    ):
         assert ignored.count(key) == 1
     assert "admin_bootstrap (anklume-instance)" in roles
     assert "lobechat (ai-chat)" in roles
@@ -280,14 +290,19 @@ def wires(model: Any, host: str = "web") -> dict[str, str]:
 def test_wiring_per_machine_domain_and_document() -> None:
     assert len(wires(model_of(WIRED.format(gpu="", web="")))) == 2
     assert wires(model_of(WIRED.format(gpu="", web=", wiring: false"))) == {}
-    assert wires(model_of(WIRED.format(gpu="", web="").replace("machines:", "wiring: false\n        machines:"))) == {}
+    assert (
+        wires(model_of(WIRED.format(gpu="", web="").replace("machines:", "wiring: false\n        machines:")))
+        == {}
+    )
     head = "project_name: p\nglobal: {wiring: false}\n"
     assert wires(model_of(WIRED.format(gpu="", web=""), head)) == {}
     assert len(wires(model_of(WIRED.format(gpu="", web=", wiring: true"), head))) == 2
 
 
 def test_wiring_follows_the_ports_a_user_set() -> None:
-    model = model_of(WIRED.format(gpu=", vars: {stt_server_port: 9000, ollama_host: '0.0.0.0:11500'}", web=""))
+    model = model_of(
+        WIRED.format(gpu=", vars: {stt_server_port: 9000, ollama_host: '0.0.0.0:11500'}", web="")
+    )
     assert wires(model) == {
         "open_webui_stt_url": "http://10.120.0.1:9000/v1",
         "open_webui_ollama_url": "http://10.120.0.1:11500",

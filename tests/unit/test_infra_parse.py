@@ -3,6 +3,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What infra.yml may not say, and in which words it is refused."""
 
+# ruff: noqa: E501 - a table with one case a line
 from __future__ import annotations
 
 import re
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from _infra_support import DATA, HEAD, model_of, problems_of, text_of
 from ansible_collections.sottovoce.stack.plugins.module_utils import _infra_schema as schema
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import load, load_text
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_parse import (
@@ -19,7 +21,6 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._infra_parse impor
     parse_text,
 )
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_schema import InfraError
-from infra_support import DATA, HEAD, model_of, problems_of, text_of
 
 # name, document below HEAD, line in the whole file, path, message
 REFUSED = [
@@ -204,7 +205,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "line", "path", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+@pytest.mark.parametrize(
+    ("body", "line", "path", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+)
 def test_refused_with_its_own_message(body: str, line: int, path: str, message: str) -> None:
     problems = problems_of(text_of(body))
     assert len(problems) == 1, problems
@@ -254,7 +257,9 @@ WHOLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "line", "path", "message"), [w[1:] for w in WHOLE], ids=[w[0] for w in WHOLE])
+@pytest.mark.parametrize(
+    ("text", "line", "path", "message"), [w[1:] for w in WHOLE], ids=[w[0] for w in WHOLE]
+)
 def test_whole_files(text: str | bytes, line: int, path: str, message: str) -> None:
     problems = problems_of(text)
     assert len(problems) == 1, problems
@@ -281,13 +286,15 @@ def test_all_errors_at_once_numbered_in_the_order_of_lines() -> None:
 
 
 def test_a_broken_domain_does_not_break_what_refers_to_it() -> None:
-    problems = problems_of(text_of("""
+    problems = problems_of(
+        text_of("""
         domains:
           a: {machines: {m: 3}}
           b: 4
         network_policies: [{from: a, to: m}, {from: b, to: host}]
         shared_volumes: {v: {source: /v, consumers: {b: ro, m: rw}}}
-        """))
+        """)
+    )
     assert [p.path for p in problems] == ["domains.a.machines.m", "domains.b"]
 
 
@@ -295,7 +302,10 @@ def test_more_than_99_machines() -> None:
     machines = ", ".join(f"m{i}: {{}}" for i in range(100))
     problems = problems_of(f"{HEAD}domains: {{a: {{machines: {{{machines}}}}}}}\n")
     assert len(problems) == 1
-    assert "100 machines are more than the 99 addresses of a domain (10.120.0.1 to 10.120.0.99)" in problems[0].message
+    assert (
+        "100 machines are more than the 99 addresses of a domain (10.120.0.1 to 10.120.0.99)"
+        in problems[0].message
+    )
     assert len(model_of(f"domains: {{a: {{machines: {{{machines.rsplit(', ', 1)[0]}}}}}}}").hosts) == 99
 
 
@@ -374,13 +384,17 @@ def test_an_unquoted_pci_address_is_no_sexagesimal_number() -> None:
     assert model.state["instances"][0]["gpu"] == {"pci": "0000:01:00.0", "optional": False}
 
 
-@pytest.mark.parametrize("text", ["nvidia.com/gpu=0", "nvidia.com/gpu:0", "nvidia.com/gpu", "amd.com/gpu=all"])
+@pytest.mark.parametrize(
+    "text", ["nvidia.com/gpu=0", "nvidia.com/gpu:0", "nvidia.com/gpu", "amd.com/gpu=all"]
+)
 def test_cdi_names_are_recognised(text: str) -> None:
     assert looks_like_cdi(text)
     assert not looks_like_cdi("0000:01:00.0")
 
 
-@pytest.mark.parametrize(("given", "incus"), [("30d", "30d"), ("24h", "24H"), ("60m", "60M"), ("2w", "2w"), ("1y", "1y")])
+@pytest.mark.parametrize(
+    ("given", "incus"), [("30d", "30d"), ("24h", "24H"), ("60m", "60M"), ("2w", "2w"), ("1y", "1y")]
+)
 def test_expiry_in_the_letters_of_incus(given: str, incus: str) -> None:
     model = model_of(f"domains: {{a: {{machines: {{m: {{snapshots_expiry: {given}}}}}}}}}")
     assert model.state["instances"][0]["config"]["snapshots.expiry"] == incus
@@ -480,3 +494,46 @@ def test_the_key_tables_do_not_overlap() -> None:
 def test_parse_text_collects_without_raising() -> None:
     assert parse_text("a: [").problems
     assert not parse_text(HEAD + "domains: {}").problems
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "infra-yml.md"
+
+
+def test_every_key_is_documented() -> None:
+    text = DOCS.read_text()
+    for table in (
+        schema.TOP_KEYS,
+        schema.GLOBAL_KEYS,
+        schema.GLOBAL_IGNORED,
+        schema.ADDRESSING_KEYS,
+        schema.DOMAIN_KEYS,
+        schema.DOMAIN_IGNORED,
+        schema.MACHINE_KEYS,
+        schema.MACHINE_IGNORED,
+        schema.GPU_KEYS,
+        schema.VOLUME_KEYS,
+        schema.SHARED_KEYS,
+        schema.POLICY_KEYS,
+        schema.OWN_ROLES,
+        tuple(schema.ZONES),
+    ):
+        for key in table:
+            assert re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", text), key
+
+
+def test_the_errors_in_the_documentation_are_real() -> None:
+    bad = """
+project_name: home
+global:
+  addresing: {base_octet: 10}
+domains:
+  ai-tools:
+    machines:
+      gpu-server: {gpu: nvidia.com/gpu=0, roles: [base_sistem]}
+      webui: {ip: 10.1.1.1, rolls: []}
+      webui: {}
+""".lstrip()
+    with pytest.raises(InfraError) as caught:
+        load_text(bad, name="infra.yml")
+    shown = DOCS.read_text().split("```text\n")[1].split("\n```")[0]
+    assert shown.split("\n")[1:] == str(caught.value).split("\n")[1:]

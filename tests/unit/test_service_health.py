@@ -85,3 +85,39 @@ def test_describe_tells_errors_stopped_and_failed() -> None:
     assert describe({"ActiveState": "inactive"}, {})["health"] == "stopped"
     assert describe({"ActiveState": "failed"}, {})["health"] == "failed"
     assert describe({}, {})["health"] == "unknown"
+
+
+class Clock:
+    """Time that passes only by sleeping."""
+
+    now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def wait(answers: list[tuple[int | None, Any, str]], states: list[str], timeout: float = 1.0) -> health.Outcome:
+    clock = Clock()
+    return health.wait_healthy(
+        fetch=lambda: answers.pop(0) if len(answers) > 1 else answers[0],
+        unit_state=lambda: states.pop(0) if len(states) > 1 else states[0],
+        expected=[200],
+        timeout=timeout,
+        clock=lambda: clock.now,
+        sleep=clock.sleep,
+    )
+
+
+def test_wait_goes_on_until_the_status_is_expected() -> None:
+    answers = [(None, None, "refused"), (503, None, "HTTP 503"), (200, {"model": "tiny"}, "")]
+    assert wait(answers, ["active"]) == health.Outcome(health={"model": "tiny"})
+
+
+def test_wait_ends_at_once_when_the_unit_has_failed() -> None:
+    assert wait([(None, None, "refused")], ["activating", "failed"], 3600).problem == "the unit has failed"
+
+
+def test_wait_ends_in_time_and_tells_the_last_answer() -> None:
+    assert wait([(503, None, "HTTP 503")], ["active"]).problem == (
+        "no healthy answer within 1 s, the last was: HTTP 503"
+    )

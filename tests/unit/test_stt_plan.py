@@ -57,6 +57,7 @@ class Machine:
             nodes=there.get("nodes", []),
             machine="x86_64",
             python="3.11",
+            python_path="/usr/bin/python3",
             digest_at=lambda path: self.digests.get(path, ""),
             stamp_at=lambda path: self.stamps.get(path, ""),
             model_at=lambda path: path in there.get("models", ()),

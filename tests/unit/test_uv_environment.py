@@ -281,3 +281,15 @@ def test_no_lock_text_breaks_the_reader(text: str) -> None:
     assert isinstance(uv.locked_packages(text), list)
     assert isinstance(uv.unhashed_packages(text), list)
     assert isinstance(uv.explain(text), str)
+
+
+def test_uv_that_was_killed(tmp_path: Path) -> None:
+    def killed(
+        argv: Sequence[str], environment: dict[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, -9, "", "")
+
+    made = settings(tmp_path)
+    plan = uv.Plan("create", "")
+    with pytest.raises(uv.UvError, match="ended by signal 9"):
+        uv.apply(made, plan, uv.Record("x", []), killed)

@@ -192,8 +192,9 @@ class WhisperEngine:
     def _load_on_best_device(self) -> OneEncoding:
         wanted = self._settings.device
         if wanted != "cpu":
-            _preload_cuda_libraries()
-            if ctranslate2.get_cuda_device_count() > self._settings.device_index:
+            count = ctranslate2.get_cuda_device_count()
+            if count > self._settings.device_index:
+                _preload_cuda_libraries()
                 try:
                     return self._load_on("cuda")
                 except Exception as error:
@@ -201,7 +202,6 @@ class WhisperEngine:
                         raise
                     event("gpu_unusable", level=logging.WARNING, error=str(error), instead="cpu")
             elif wanted == "cuda":
-                count = ctranslate2.get_cuda_device_count()
                 raise ModelUnavailable(
                     f"device cuda: CTranslate2 sees {count} GPUs,"
                     f" number {self._settings.device_index} is wanted;"

@@ -1,0 +1,135 @@
+"""
+The whole stack as a user meets it, brought up once from the installed tarball.
+
+The tests go through one life of it, in this order.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from typing import Any
+
+from conftest import Stack
+
+SENTENCE = "What is the temperature in the kitchen?"
+PROJECT = "e2e-ai"
+
+
+def incus(*arguments: str, timeout: float = 60) -> str:
+    return subprocess.run(
+        ["incus", "--project", PROJECT, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    ).stdout
+
+
+def unit(instance: str, name: str, *properties: str) -> list[str]:
+    """Values of properties of a unit, in the order of their names."""
+    shown = incus("exec", instance, "--", "systemctl", "show", name, f"--property={','.join(properties)}")
+    values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+    return [values[name] for name in properties]
+
+
+def health(instance: str, port: int, path: str) -> dict[str, Any]:
+    script = f"import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:{port}{path}').read().decode())"
+    answer: dict[str, Any] = json.loads(incus("exec", instance, "--", "python3", "-c", script))
+    return answer
+
+
+def wait_for(seconds: float, probe: Any) -> Any:
+    """The first true answer of probe, asked once a second."""
+    deadline = time.monotonic() + seconds
+    last: BaseException | None = None
+    while time.monotonic() < deadline:
+        try:
+            answer = probe()
+        except (subprocess.CalledProcessError, ValueError, KeyError) as error:
+            last = error
+        else:
+            if answer:
+                return answer
+        time.sleep(1)
+    raise AssertionError(f"not within {seconds} s (last: {last})")
+
+
+def test_the_first_apply_ends_with_the_sentence_heard_through_open_webui(stack: Stack) -> None:
+    summary = stack.first.output.partition("TASK [Sum up]")[2]
+    lines = [line.strip(" -'") for line in " ".join(summary.split()).split(" - ")]
+    heard = [line for line in lines if line.startswith("heard through Open WebUI in ")]
+    assert heard, summary
+    assert SENTENCE in heard[0]
+    assert "http://10.210.0.2:3000" in summary
+
+
+def test_the_second_apply_changes_nothing(stack: Stack) -> None:
+    again = stack.apply()
+    assert again.changed == 0
+    assert set(again.recap) == {"localhost", "e2e-speech", "e2e-webui"}
+
+
+def test_status_shows_machines_services_and_the_model(stack: Stack) -> None:
+    output = stack.collection.play("status", stack.inventory).output
+    for words in ("e2e-speech", "running", "10.210.0.1", "voicegate", "open-webui", "MiB free"):
+        assert words in output
+
+
+def test_a_new_quantization_with_tags_stt_touches_speech_to_text_alone(stack: Stack) -> None:
+    others = {name: unit("e2e-speech", name, "InvocationID") for name in ("ollama", "systemd-networkd")}
+    webui = unit("e2e-webui", "open-webui", "InvocationID")
+    before = unit("e2e-speech", "voicegate", "InvocationID")
+    assert health("e2e-speech", 8000, "/health")["compute_type"] == "int8"
+
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\n")
+    changed = stack.apply("--tags", "stt")
+
+    assert health("e2e-speech", 8000, "/health")["compute_type"] == "float32"
+    assert unit("e2e-speech", "voicegate", "InvocationID") != before
+    assert {name: unit("e2e-speech", name, "InvocationID") for name in others} == others
+    assert unit("e2e-webui", "open-webui", "InvocationID") == webui
+    assert "heard through the speech-to-text server in " in changed.output
+    assert SENTENCE in " ".join(changed.output.split())
+    assert stack.apply("--tags", "stt").changed == 0
+
+
+def test_a_wrong_quantization_is_refused_and_nothing_is_touched(stack: Stack) -> None:
+    before = unit("e2e-speech", "voicegate", "InvocationID")
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: flot16\n")
+    refused = stack.collection.play("apply", stack.inventory, "--tags", "stt", check=False)
+    assert refused.code != 0
+    text = " ".join(refused.output.split())
+    assert "flot16" in text
+    assert "float16" in text
+    assert unit("e2e-speech", "voicegate", "InvocationID") == before
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\n")
+
+
+def test_a_new_port_of_speech_to_text_reaches_a_running_open_webui(stack: Stack) -> None:
+    """Open WebUI copies its settings at the first start; a later change must take effect all the same."""
+    webui = unit("e2e-webui", "open-webui", "InvocationID")
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\nstt_server_port: 8001\n")
+    stack.set_host_vars("e2e-webui", "open_webui_stt_url: http://10.210.0.1:8001/v1\n")
+    stack.apply("--tags", "stt,webui")
+    assert health("e2e-speech", 8001, "/health")["status"] == "ok"
+    verified = stack.collection.play("verify", stack.inventory)
+    assert "heard through Open WebUI in " in " ".join(verified.output.split())
+    # Not by a restart: people are in the middle of their chats.
+    assert unit("e2e-webui", "open-webui", "InvocationID") == webui
+    assert stack.apply().changed == 0
+
+
+def test_everything_comes_back_after_a_restart_of_the_containers(stack: Stack) -> None:
+    incus("restart", "e2e-speech", "e2e-webui", timeout=120)
+    wait_for(90, lambda: health("e2e-speech", 8001, "/health")["status"] == "ok")
+    wait_for(90, lambda: health("e2e-webui", 3000, "/health")["status"])
+    verified = stack.collection.play("verify", stack.inventory)
+    assert SENTENCE in " ".join(verified.output.split())
+
+
+def test_a_check_of_everything_changes_nothing_and_foresees_nothing(stack: Stack) -> None:
+    run = stack.collection.play("check", stack.inventory, "--check", "--diff")
+    assert run.changed == 0

@@ -1,0 +1,192 @@
+"""
+The role stt_server with the real Speaches.
+
+Its source is on no package registry: SOTTOVOCE_SPEACHES_SOURCE names a checkout or an archive of it.
+SOTTOVOCE_SPEACHES_PYTHON names the prefix of a Python 3.12 on this machine, which is handed in
+read-only; left out, one of pyenv's is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
+
+pytestmark = [pytest.mark.incus, pytest.mark.speaches]
+
+ROOT = Path(__file__).resolve().parents[2]
+DOMAIN, MACHINE = "spe2e", "spe2e-speech"
+CLIP, SENTENCE = ROOT / "demo/clips/D000.wav", "Turn on the heater."
+INFRA = """
+project_name: e2e-speaches
+global:
+  addressing: {{base_octet: 10, zone_base: 191, zone_step: 10}}
+domains:
+  {domain}:
+    ephemeral: true
+    machines:
+      {machine}:
+        roles: [base_system, stt_server]
+        devices:
+          python312: {{type: disk, source: {python}, path: /opt/python3.12, readonly: "true"}}
+"""
+HOST_VARS = """
+stt_server_engine: {engine}
+stt_server_engine_fallback: ""
+stt_server_speaches_source: {source}
+stt_server_python: /opt/python3.12/bin/python3.12
+stt_server_model: {model}
+stt_server_quantization: {quantization}
+"""
+
+
+def python_prefix() -> str:
+    """Prefix of a Python 3.12 on this machine, or nothing."""
+    given = os.environ.get("SOTTOVOCE_SPEACHES_PYTHON")
+    found = [given] if given else sorted(map(str, Path.home().glob(".pyenv/versions/3.12.*")))
+    return found[-1] if found else ""
+
+
+def incus(*arguments: str) -> str:
+    done = subprocess.run(
+        ["incus", *arguments, "--project", DOMAIN], check=True, capture_output=True, text=True, timeout=120
+    )
+    return done.stdout
+
+
+def inside(*command: str) -> str:
+    """Run a command in the machine."""
+    done = subprocess.run(
+        ["incus", "exec", MACHINE, "--project", DOMAIN, "--", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.stdout + done.stderr
+
+
+@dataclass
+class Server:
+    collection: Any
+    inventory: Path
+    source: str
+    first: Any = None
+
+    def configure(
+        self, engine: str = "speaches", model: str = "model", quantization: str = "float16"
+    ) -> None:
+        (self.inventory / "host_vars" / f"{MACHINE}.yml").write_text(
+            HOST_VARS.format(
+                engine=engine, source=self.source, model=ROOT / "demo" / model, quantization=quantization
+            ),
+            encoding="utf-8",
+        )
+
+    def apply(self, *arguments: str) -> Any:
+        return self.collection.play("apply", self.inventory, *arguments, timeout=1200)
+
+    @property
+    def url(self) -> str:
+        (state,) = json.loads(incus("list", MACHINE, "--format", "json"))
+        addresses = state["state"]["network"]["eth0"]["addresses"]
+        address = next(entry["address"] for entry in addresses if entry["family"] == "inet")
+        return f"http://{address}:8000"
+
+    def hear(self, model: str) -> str:
+        body, kind = _stt_speaches.form({"model": model}, CLIP.name, CLIP.read_bytes())
+        request = urllib.request.Request(
+            f"{self.url}/v1/audio/transcriptions", data=body, headers={"Content-Type": kind}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+        return str(answer["text"])
+
+
+@pytest.fixture(scope="module")
+def server(collection: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    source = os.environ.get("SOTTOVOCE_SPEACHES_SOURCE", "")
+    if not source:
+        pytest.skip("no source of Speaches (SOTTOVOCE_SPEACHES_SOURCE)")
+    python = python_prefix()
+    if not python or not shutil.which("incus"):
+        pytest.skip("no Python 3.12 to hand in (SOTTOVOCE_SPEACHES_PYTHON)")
+    inventory = tmp_path_factory.mktemp("speaches") / "inventory"
+    (inventory / "host_vars").mkdir(parents=True)
+    (inventory / "group_vars").mkdir()
+    (inventory / "group_vars/all.yml").write_text("sottovoce_image_fallback: lab\n")
+    (inventory / "infra.yml").write_text(
+        INFRA.format(domain=DOMAIN, machine=MACHINE, python=python), encoding="utf-8"
+    )
+    made = Server(collection, inventory, source)
+    made.configure()
+    try:
+        collection.play("apply", inventory, "--tags", "infra,base")
+        # A Python that was moved finds its library through the loader's list.
+        inside("sh", "-c", "echo /opt/python3.12/lib > /etc/ld.so.conf.d/python3.12.conf && ldconfig")
+        made.first = made.apply()
+        yield made
+    except AssertionError:
+        print(inside("journalctl", "--no-pager", "--lines=80", "--unit=speaches", "--unit=voicegate"))
+        raise
+    finally:
+        collection.play("destroy", inventory, "-e", "confirm=yes", check=False)
+
+
+def test_first_apply_gives_speaches_with_its_model(server: Server) -> None:
+    assert "speaches, 0.9.0-rc.3, model, int8, cpu" in server.first.output
+    assert inside("systemctl", "is-active", "speaches").strip() == "active"
+    loaded = urllib.request.urlopen(f"{server.url}/api/ps", timeout=10).read()
+    assert json.loads(loaded)["models"][0].startswith("local/model-")
+
+
+@pytest.mark.parametrize("name", ["whisper-1", str(ROOT / "demo/model")])
+def test_requests_may_use_the_names_people_write(server: Server, name: str) -> None:
+    assert server.hear(name) == SENTENCE
+
+
+def test_installed_as_documented(server: Server) -> None:
+    shown = inside("systemctl", "show", "speaches", "--property=User,WorkingDirectory,UnitFileState")
+    unit = dict(line.split("=", 1) for line in shown.split())
+    assert (unit["User"], unit["UnitFileState"]) == ("speaches", "enabled")
+    assert unit["WorkingDirectory"].startswith("/opt/speaches/releases/0.9.0-rc.3")
+    aliases = json.loads(inside("cat", f"{unit['WorkingDirectory']}/model_aliases.json"))
+    assert aliases["large-v3-turbo"] == "deepdml/faster-whisper-large-v3-turbo-ct2"
+    environment = inside("cat", "/etc/sottovoce/speaches.env")
+    assert 'WHISPER__COMPUTE_TYPE="int8"' in environment
+    assert "API_KEY" not in environment
+    assert inside("stat", "-c", "%U:%G %a", "/etc/sottovoce/speaches.env").strip() == "root:speaches 640"
+
+
+def test_nothing_to_do(server: Server) -> None:
+    assert server.apply().changed == 0
+
+
+def test_changed_model_and_quantization(server: Server) -> None:
+    server.configure(model="model-en", quantization="float32")
+    run = server.apply("--tags", "stt")
+    assert "model-en, float32, cpu" in run.output
+    assert server.hear("whisper-1") == SENTENCE
+    assert "float32" in inside("cat", "/etc/sottovoce/speaches.env")
+
+
+def test_other_engine_and_back(server: Server) -> None:
+    server.configure(engine="builtin")
+    server.apply("--tags", "stt")
+    assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["active", "inactive"]
+    assert inside("systemctl", "is-enabled", "voicegate", "speaches").split() == ["enabled", "disabled"]
+    assert server.hear("whisper-1") == SENTENCE
+    server.configure()
+    server.apply("--tags", "stt")
+    assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
+    assert server.hear("whisper-1") == SENTENCE
