@@ -63,7 +63,12 @@ from ansible.inventory.host import Host
 from ansible.plugins.inventory import BaseInventoryPlugin
 from ansible.utils.display import Display
 from ansible.vars.plugins import get_vars_from_inventory_sources
-from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import Model, load, remember
+from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import (
+    Model,
+    load,
+    remember,
+    without_collector,
+)
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_parse import classify, main_of
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_schema import InfraError
 
@@ -161,7 +166,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
         except InfraError as error:
             raise AnsibleParserError(str(error)) from None
         overridden = {name: self.group_files(path, name) for name in ("all", *model.groups)}
-        self.fill(model, overridden)
+        with without_collector():
+            self.fill(model, overridden)
         remember(model.source, model)
 
     def read(self, path: str) -> bytes:

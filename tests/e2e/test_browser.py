@@ -1,38 +1,46 @@
 """
 Open WebUI in a real browser: it loads, the administrator signs in, the audio page shows our server.
 
-SOTTOVOCE_WEBUI_URL        base URL, for example http://10.120.0.2:3000
-SOTTOVOCE_WEBUI_EMAIL      administrator, default admin@localhost
-SOTTOVOCE_WEBUI_PASSWORD   its password (in the instance: /etc/sottovoce/open-webui-admin.json)
-SOTTOVOCE_WEBUI_STT_URL    what the audio page has to show
-
 Screenshots are kept under artifacts/.
 """
 
 from __future__ import annotations
 
-import os
-import sys
+import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/support"))
-
-selenium = pytest.importorskip("selenium", reason="selenium is not installed")
 import browser
+import pytest
+from e2e import OCTET, ROOT, Stack, incus
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
-if TYPE_CHECKING:
-    from selenium.webdriver import Chrome
-
 ARTIFACTS = ROOT / "artifacts"
-NEEDED = ("SOTTOVOCE_WEBUI_URL", "SOTTOVOCE_WEBUI_PASSWORD", "SOTTOVOCE_WEBUI_STT_URL")
+
+
+@dataclass
+class Site:
+    """Where Open WebUI is, who signs in, and what the audio page has to show."""
+
+    base: str
+    email: str
+    password: str
+    stt_url: str
+
+
+@pytest.fixture
+def site(stack: Stack) -> Site:
+    account = json.loads(incus("exec", "e2e-webui", "--", "cat", "/etc/sottovoce/open-webui-admin.json"))
+    return Site(
+        f"http://10.{OCTET}.0.2:3000",
+        account["email"],
+        account["password"],
+        stack.stt_url,
+    )
 
 
 def wait(driver: Chrome, what: str, condition: Callable[[Chrome], Any], seconds: float = 60) -> Any:
@@ -52,9 +60,6 @@ def values(driver: Chrome) -> list[str]:
 
 @pytest.fixture
 def driver() -> Iterator[Chrome]:
-    unset = [name for name in NEEDED if not os.environ.get(name)]
-    if unset:
-        pytest.skip(f"no Open WebUI to look at: {', '.join(unset)} not set")
     if browser.missing():
         pytest.skip(browser.missing())
     with browser.chromium() as made:
@@ -67,26 +72,23 @@ def driver() -> Iterator[Chrome]:
                 print(f"no last screenshot: {error.msg}")
 
 
-def sign_in(driver: Chrome, base: str) -> None:
-    driver.get(f"{base}/auth")
+def sign_in(driver: Chrome, site: Site) -> None:
+    driver.get(f"{site.base}/auth")
     email = wait(
         driver, "the sign-in form", lambda d: d.find_element(By.CSS_SELECTOR, "input[type=email], #email")
     )
     screenshot(driver, "open-webui-sign-in")
-    email.send_keys(os.environ.get("SOTTOVOCE_WEBUI_EMAIL", "admin@localhost"))
-    driver.find_element(By.CSS_SELECTOR, "input[type=password]").send_keys(
-        os.environ["SOTTOVOCE_WEBUI_PASSWORD"]
-    )
+    email.send_keys(site.email)
+    driver.find_element(By.CSS_SELECTOR, "input[type=password]").send_keys(site.password)
     driver.find_element(By.CSS_SELECTOR, "button[type=submit]").click()
     wait(driver, "the page after signing in", lambda d: "/auth" not in d.current_url)
     wait(driver, "the session", lambda d: d.execute_script("return localStorage.token"))
 
 
-def test_the_audio_page_shows_our_server(driver: Chrome) -> None:
-    base, expected = os.environ["SOTTOVOCE_WEBUI_URL"].rstrip("/"), os.environ["SOTTOVOCE_WEBUI_STT_URL"]
-    sign_in(driver, base)
-    driver.get(f"{base}/admin/settings/audio")
-    wait(driver, f"a field with {expected}", lambda d: expected.rstrip("/") in values(d))
+def test_the_audio_page_shows_our_server(driver: Chrome, site: Site) -> None:
+    sign_in(driver, site)
+    driver.get(f"{site.base}/admin/settings/audio")
+    wait(driver, f"a field with {site.stt_url}", lambda d: site.stt_url in values(d))
     engines = [field.get_property("value") for field in driver.find_elements(By.TAG_NAME, "select")]
     screenshot(driver, "open-webui-audio-settings")
     assert "openai" in engines

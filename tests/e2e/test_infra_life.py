@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Collection
+from e2e import OCTET, Collection
 
-HEAD = """---
+HEAD = f"""---
 project_name: life
 global:
-  addressing: {base_octet: 10, zone_base: 200}
+  addressing: {{base_octet: 10, zone_base: {OCTET + 1 - 20}}}
 domains:
   life:
     ephemeral: true

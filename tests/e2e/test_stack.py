@@ -6,55 +6,9 @@ The tests go through one life of it, in this order.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import time
-from typing import Any
-
-from conftest import Stack
+from e2e import OCTET, Stack, health, incus, unit, wait_for
 
 SENTENCE = "What is the temperature in the kitchen?"
-PROJECT = "e2e-ai"
-
-
-def incus(*arguments: str, timeout: float = 60) -> str:
-    return subprocess.run(
-        ["incus", "--project", PROJECT, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    ).stdout
-
-
-def unit(instance: str, name: str, *properties: str) -> list[str]:
-    """Values of properties of a unit, in the order of their names."""
-    shown = incus("exec", instance, "--", "systemctl", "show", name, f"--property={','.join(properties)}")
-    values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-    return [values[name] for name in properties]
-
-
-def health(instance: str, port: int, path: str) -> dict[str, Any]:
-    script = f"import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:{port}{path}').read().decode())"
-    answer: dict[str, Any] = json.loads(incus("exec", instance, "--", "python3", "-c", script))
-    return answer
-
-
-def wait_for(seconds: float, probe: Any) -> Any:
-    """The first true answer of probe, asked once a second."""
-    deadline = time.monotonic() + seconds
-    last: BaseException | None = None
-    while time.monotonic() < deadline:
-        try:
-            answer = probe()
-        except (subprocess.CalledProcessError, ValueError, KeyError) as error:
-            last = error
-        else:
-            if answer:
-                return answer
-        time.sleep(1)
-    raise AssertionError(f"not within {seconds} s (last: {last})")
 
 
 def test_the_first_apply_ends_with_the_sentence_heard_through_open_webui(stack: Stack) -> None:
@@ -63,7 +17,7 @@ def test_the_first_apply_ends_with_the_sentence_heard_through_open_webui(stack: 
     heard = [line for line in lines if line.startswith("heard through Open WebUI in ")]
     assert heard, summary
     assert SENTENCE in heard[0]
-    assert "http://10.210.0.2:3000" in summary
+    assert f"http://10.{OCTET}.0.2:3000" in summary
 
 
 def test_the_second_apply_changes_nothing(stack: Stack) -> None:
@@ -74,7 +28,7 @@ def test_the_second_apply_changes_nothing(stack: Stack) -> None:
 
 def test_status_shows_machines_services_and_the_model(stack: Stack) -> None:
     output = stack.collection.play("status", stack.inventory).output
-    for words in ("e2e-speech", "running", "10.210.0.1", "voicegate", "open-webui", "MiB free"):
+    for words in ("e2e-speech", "running", f"10.{OCTET}.0.1", "voicegate", "open-webui", "MiB free"):
         assert words in output
 
 
@@ -112,7 +66,8 @@ def test_a_new_port_of_speech_to_text_reaches_a_running_open_webui(stack: Stack)
     """Open WebUI copies its settings at the first start; a later change must take effect all the same."""
     webui = unit("e2e-webui", "open-webui", "InvocationID")
     stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\nstt_server_port: 8001\n")
-    stack.set_host_vars("e2e-webui", "open_webui_stt_url: http://10.210.0.1:8001/v1\n")
+    stack.stt_url = f"http://10.{OCTET}.0.1:8001/v1"
+    stack.set_host_vars("e2e-webui", f"open_webui_stt_url: {stack.stt_url}\n")
     stack.apply("--tags", "stt,webui")
     assert health("e2e-speech", 8001, "/health")["status"] == "ok"
     verified = stack.collection.play("verify", stack.inventory)

@@ -285,7 +285,7 @@ def test_a_restarting_instance_is_waited_for(lab: Lab) -> None:
 
 def test_a_timeout_and_an_interrupt_leave_no_process(lab: Lab) -> None:
     run = lab.play([{"ansible.builtin.shell": "sleep 3011 & sleep 3012; true"}], ansible_incus_exec_timeout=3)
-    assert "did not end within 3 s and was killed" in " ".join(run.stderr.split())
+    assert "did not end within 3 s and was killed" in " ".join((run.stdout + run.stderr).split())
     run = lab.play([{"ansible.builtin.shell": "sleep 3013; true", "timeout": 3}])
     assert "Timed out after 3 second" in run.stdout + run.stderr
     assert lab.processes("sleep 301") == []

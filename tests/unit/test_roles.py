@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import role_docs
+import yaml
 
 ROLES = role_docs.roles()
 
@@ -22,7 +19,8 @@ def test_there_are_roles() -> None:
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
 def test_specs_equal_defaults(role: Path) -> None:
     defaults = yaml.safe_load((role / "defaults/main.yml").read_text(encoding="utf-8")) or {}
-    specs = {name: option["default"] for name, option in role_docs.options(role).items() if "default" in option}
+    options = role_docs.options(role)
+    specs = {name: option["default"] for name, option in options.items() if "default" in option}
     assert specs == defaults
 
 

@@ -96,7 +96,9 @@ class Clock:
         self.now += seconds
 
 
-def wait(answers: list[tuple[int | None, Any, str]], states: list[str], timeout: float = 1.0) -> health.Outcome:
+def wait(
+    answers: list[tuple[int | None, Any, str]], states: list[str], timeout: float = 1.0
+) -> health.Outcome:
     clock = Clock()
     return health.wait_healthy(
         fetch=lambda: answers.pop(0) if len(answers) > 1 else answers[0],
