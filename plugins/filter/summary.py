@@ -17,6 +17,7 @@ class FilterModule:
     def filters(self) -> Mapping[str, Callable[..., Any]]:
         return {
             "pick_vars": _summary.pick_vars,
+            "summary_vars": _summary.summary_vars,
             "running_instances": _summary.running_instances,
             "unhealthy_services": _summary.unhealthy_services,
             "instances_to_create": _summary.instances_to_create,

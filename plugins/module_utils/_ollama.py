@@ -193,9 +193,7 @@ def plan(
     settings: Mapping[str, Any], release: Mapping[str, Any], machine: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the role decides from its settings, what is installed or found, and facts about the machine."""
-    gpu = settings["gpu"] == "enabled" or (
-        settings["gpu"] == "auto" and bool(release.get("gpu") or machine.get("gpu"))
-    )
+    gpu = settings["gpu"] == "enabled" or (settings["gpu"] == "auto" and bool(release.get("gpu")))
     target = fit_target_mib(
         int(settings["fit_target_mib"]),
         gpu,

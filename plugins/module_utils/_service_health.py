@@ -170,5 +170,7 @@ def wait_healthy(
         if unit_state() == "failed":
             return Outcome("the unit has failed")
         if clock() >= deadline:
-            return Outcome(f"no healthy answer within {timeout:g} s, the last was: {error or f'HTTP {status}'}")
+            return Outcome(
+                f"no healthy answer within {timeout:g} s, the last was: {error or f'HTTP {status}'}"
+            )
         sleep(interval)

@@ -36,6 +36,19 @@ def pick_vars(
     return picked
 
 
+def summary_vars(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The variables of each host that apply_summary looks at."""
+    fixed = ["instance_ip", "instance_roles", *_WAYS]
+    return {
+        host: pick_vars(
+            [host],
+            hostvars,
+            [*fixed, *(f"{role}_summary" for role in hostvars[host].get("instance_roles") or [])],
+        )[host]
+        for host in hosts
+    }
+
+
 def running_instances(info: Mapping[str, Any]) -> list[str]:
     """Names of the instances that a result of incus_infra_info shows as running."""
     return sorted(item["name"] for item in info.get("instances", []) if item.get("status") == "Running")
@@ -89,7 +102,8 @@ def apply_summary(
     """
     Lines that end an apply.
 
-    machines: host name to its variables (instance_ip, sottovoce_summary, sottovoce_heard, sottovoce_heard_stt are looked at);
+    machines: host name to its variables, as summary_vars picks them: every role leaves what it has to say in a
+    fact <role>_summary {url, engine, version, model, quantization, device, skipped [{what, why}], notes [str]};
     infra: the result of incus_infra when it ran; notes: what the parser of infra.yml has to say.
     """
     lines: list[str] = []
@@ -101,7 +115,10 @@ def apply_summary(
     for name in sorted(machines):
         variables = machines[name]
         lines.append(f"{name} ({variables.get('instance_ip') or 'no address'})")
-        for role, facts in (variables.get("sottovoce_summary") or {}).items():
+        for role in variables.get("instance_roles") or []:
+            facts = variables.get(f"{role}_summary")
+            if not isinstance(facts, Mapping):
+                continue
             lines.append(_service_line(role, facts))
             remarks += [
                 f"{name}, skipped: {item['what']}: {item['why']}" for item in facts.get("skipped") or []

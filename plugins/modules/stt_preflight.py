@@ -17,7 +17,7 @@ author:
   - The sottovoce.stack contributors
 options:
   request:
-    description: What is asked for, made by the filter P(sottovoce.stack.stt_request#filter).
+    description: What is asked for, made by the filter C(sottovoce.stack.stt_request).
     type: dict
     required: true
   patience:

@@ -194,10 +194,10 @@ def test_plan_on_a_cpu() -> None:
 
 
 def test_plan_on_a_shared_gpu_with_a_volume_for_models() -> None:
-    machine = MACHINE | {"gpu": True, "roles": ["ollama_server", "stt_server"]}
+    machine = MACHINE | {"roles": ["ollama_server", "stt_server"]}
     changes = {"models_dir": "/srv/models", "flash_attention": "enabled", "cloud": True}
     changed = settings(**changes, environment={"OLLAMA_KEEP_ALIVE": -1})
-    plan = _ollama.plan(changed, {"release": "0.34.4-go", "running": "0.34.3"}, machine)
+    plan = _ollama.plan(changed, {"release": "0.34.4-go", "running": "0.34.3", "gpu": True}, machine)
     assert plan["environment"]["LLAMA_ARG_FIT_TARGET"] == "5367"
     assert plan["environment"]["OLLAMA_FLASH_ATTENTION"] == "1"
     assert plan["environment"]["OLLAMA_KEEP_ALIVE"] == "-1"

@@ -34,6 +34,9 @@ class Fake(ThreadingHTTPServer):
         self.delay = 0.0
         self.log: list[str] = []
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that gave up is part of a test."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

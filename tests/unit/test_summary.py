@@ -37,14 +37,13 @@ def test_apply_summary_names_services_skips_and_the_sentence() -> None:
     machines: dict[str, dict[str, Any]] = {
         "speech": {
             "instance_ip": "10.1.2.1",
-            "sottovoce_summary": {
-                "stt_server": {
-                    "url": "http://10.1.2.1:8000/v1",
-                    "engine": "builtin",
-                    "model": "demo",
-                    "skipped": [{"what": "Speaches", "why": "source not reachable"}],
-                    "notes": ["float16 became int8"],
-                }
+            "instance_roles": ["base_system", "stt_server"],
+            "stt_server_summary": {
+                "url": "http://10.1.2.1:8000/v1",
+                "engine": "builtin",
+                "model": "demo",
+                "skipped": [{"what": "Speaches", "why": "source not reachable"}],
+                "notes": ["float16 became int8"],
             },
         },
         "webui": {"sottovoce_heard": {"text": "Lock the door.", "seconds": 0.321}},
@@ -60,6 +59,22 @@ def test_apply_summary_names_services_skips_and_the_sentence() -> None:
         "note: speech, stt_server: float16 became int8",
         "heard through Open WebUI in 0.32 s: Lock the door.",
     ]
+
+
+def test_summary_vars_takes_the_facts_of_the_hosts_own_roles() -> None:
+    hostvars = {
+        "a": {
+            "instance_roles": ["own"],
+            "own_summary": {"url": "u"},
+            "other_summary": 1,
+            "instance_ip": "10.0.0.1",
+        },
+        "b": {},
+    }
+    assert _summary.summary_vars(["a", "b"], hostvars) == {
+        "a": {"instance_ip": "10.0.0.1", "instance_roles": ["own"], "own_summary": {"url": "u"}},
+        "b": {},
+    }
 
 
 def test_pick_vars_leaves_out_what_a_host_lacks() -> None:
