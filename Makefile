@@ -23,6 +23,9 @@ setup: .venv/ready $(LINK) ## Make .venv with everything a checkout needs
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	$(BIN)/uv pip install --quiet --python .venv --no-deps --offline -e gateway
+	@# molecule and ansible-lint look for ansible's commands on PATH; called as .venv/bin/molecule they find them too.
+	@$(BIN)/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/path.pth", "w").write(\
+	  "import os, sys; os.environ[\"PATH\"] = os.pathsep.join([sys.prefix + \"/bin\", os.environ.get(\"PATH\", \"\")])\n")'
 	@touch $@
 
 $(LINK):

@@ -6,6 +6,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 bin=.venv/bin
+[ -t 1 ] || export NO_COLOR=1
 skipped=()
 
 finish() {

@@ -64,7 +64,7 @@ def test_silence_is_empty(client: openai.OpenAI, clip: Clip) -> None:
     assert create(file=clip.path, model="whisper-1", response_format="srt") == ""
     assert create(file=clip.path, model="whisper-1", response_format="vtt") == "WEBVTT\n\n"
     events = list(create(file=clip.path, model="whisper-1", stream=True))
-    assert [(event.type, event.text) for event in events] == [("transcript.text.done", "")]
+    assert [(event.type, getattr(event, "text", None)) for event in events] == [("transcript.text.done", "")]
 
 
 def test_response_formats(server: Server, client: openai.OpenAI) -> None:
@@ -116,6 +116,7 @@ def test_stream(server: Server, client: openai.OpenAI) -> None:
     assert deltas
     assert events[-1].type == "transcript.text.done"
     assert events[-1].text == "".join(deltas) == TEXT
+    assert events[-1].usage
     assert events[-1].usage.total_tokens == events[-1].usage.input_tokens + events[-1].usage.output_tokens > 0
     parts = [('name="file"', CLIP.read_bytes()), ('name="stream"', b"true")]
     status, headers, body = server.post("/v1/audio/transcriptions", parts)

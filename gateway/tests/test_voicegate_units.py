@@ -380,7 +380,11 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
         assert await anext(items) == 1
         with pytest.raises(ValueError, match="no"):
             await anext(items)
-        assert [item async for item in stream(worker, lambda job: job.emit(2))] == [2]
+
+        def whole(job: Job[int]) -> None:
+            job.emit(2)
+
+        assert [item async for item in stream(worker, whole)] == [2]
         worker.close()
 
     asyncio.run(scenario())

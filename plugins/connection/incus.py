@@ -207,7 +207,7 @@ display = Display()
 # Seconds without a single byte after which a file transfer is given up.
 _STALL = 120.0
 _NUMBERS = re.compile(r"(\d+)(?::(\d+))?")
-# su's own complaint, in the languages it may speak, always names the user.
+# How su (util-linux, busybox, shadow) complains; commands run with LANG=C.UTF-8.
 _NO_USER = re.compile(rb"^su: .*(does not exist|unknown user|no passwd entry|must be run)", re.MULTILINE)
 _STATES = {
     "Stopped": "is stopped. Start it: incus start {name}{project}",

@@ -102,8 +102,8 @@ def apply_summary(
     """
     Lines that end an apply.
 
-    machines: host name to its variables, as summary_vars picks them: every role leaves what it has to say in a
-    fact <role>_summary {url, engine, version, model, quantization, device, skipped [{what, why}], notes [str]};
+    machines: host name to its variables, as summary_vars picks them. Every role leaves what it has to say in
+    a fact <role>_summary {url, engine, version, model, quantization, device, skipped [{what, why}], notes};
     infra: the result of incus_infra when it ran; notes: what the parser of infra.yml has to say.
     """
     lines: list[str] = []

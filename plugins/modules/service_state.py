@@ -10,8 +10,8 @@ short_description: Have a daemon running with its present files, and healthy
 version_added: 0.1.0
 description:
   - Enables and starts a systemd unit, or disables and stops it.
-  - Restarts it when one of its files is newer than its process, so that a run that was cut off between writing
-    a file and the restart is made good by the next one.
+  - Restarts it when one of its files is newer than its process, so that a run that was cut off between
+    writing a file and the restart is made good by the next one.
   - Waits until the health URL answers; when the unit fails or stays silent, the error ends with its journal.
 author:
   - The sottovoce.stack contributors (@sottovoce)

@@ -36,7 +36,6 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Collection:
         [galaxy, "collection", "install", str(tarball), "-p", str(path / "collections"), "--offline"],
         check=True,
         cwd=path,
-        env={**os.environ, "ANSIBLE_CONFIG": os.devnull},
     )
     (path / "ansible.cfg").write_text(
         "[defaults]\ncollections_path = collections\nforks = 10\n"

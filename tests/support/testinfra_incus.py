@@ -8,7 +8,7 @@ import testinfra.host
 from testinfra.backend import base
 
 
-class IncusBackend(base.BaseBackend):
+class IncusBackend(base.BaseBackend):  # type: ignore[misc]
     """Runs commands in one instance as root."""
 
     NAME = "incus"

@@ -24,7 +24,7 @@ Obj = dict[str, Any]
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     monkeypatch.setattr(state, "read_routes", lambda client, snapshot: None)
-    monkeypatch.setattr(applying.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     return FakeServer()
 
 
@@ -101,7 +101,7 @@ def test_side_by_side_but_not_more_than_asked(server: FakeServer) -> None:
 
 def test_a_change_in_between_is_read_again(server: FakeServer) -> None:
     run(server, desired(machine("one")))
-    tries = []
+    tries: list[str] = []
 
     def hook(method: str, path: str, body: Any) -> None:
         if method == "PUT" and len(tries) < 2:
@@ -233,7 +233,7 @@ def test_a_broken_connection_is_a_failure_not_a_traceback(server: FakeServer) ->
 
 def test_a_busy_machine_is_waited_for(server: FakeServer) -> None:
     run(server, desired(machine("one")))
-    tries = []
+    tries: list[str] = []
 
     def hook(method: str, path: str, body: Any) -> None:
         if method == "PUT" and len(tries) < 3:

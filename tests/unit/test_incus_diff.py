@@ -4,20 +4,23 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_diff as d
 from hypothesis import given
 from hypothesis import strategies as st
 
+Obj = dict[str, Any]
 
-def managed(config: dict, devices: dict | None = None, image: str = "", **more: object) -> dict:
+
+def managed(config: Obj, devices: Obj | None = None, image: str = "", **more: object) -> Obj:
     """An object as an earlier run of ours left it."""
     config = {**config, d.MARK: "home", d.RECORD: d.make_record(config, devices, image)}
     return {"config": config, **({"devices": devices} if devices is not None else {}), **more}
 
 
-def target(**more: object) -> dict:
+def target(**more: object) -> Obj:
     return {"description": "", "config": {}, "mark": "home", **more}
 
 
@@ -109,7 +112,7 @@ def test_instances_keep_what_put_needs() -> None:
 
 
 @pytest.mark.parametrize("foreign", [{}, {"boot.priority": "5"}, {"limits.ingress": "1Mbit"}])
-def test_an_address_given_up_leaves_nothing_behind(foreign: dict) -> None:
+def test_an_address_given_up_leaves_nothing_behind(foreign: Obj) -> None:
     nic = {"type": "nic", "network": "n", "ipv4.address": "10.0.0.1"}
     current = managed({"a": "1"}, {"eth0": nic}, image="lab")
     current["devices"] = {"eth0": {**nic, **foreign}, "mine": {"type": "proxy"}}
@@ -127,7 +130,7 @@ def test_an_address_given_up_leaves_nothing_behind(foreign: dict) -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    before = {"config": {}}
+    before: Obj = {"config": {}}
     after = {"config": {"environment.API_KEY": "sk-1", "environment.LANG": "C"}}
     found = d.visible(d.changes(before, after))
     assert found["config.environment.API_KEY"]["after"] == "********"
@@ -157,7 +160,7 @@ def test_the_diff_text_has_no_bookkeeping() -> None:
         ("virtual-machine", {}, {"limits.memory": "2GiB", "user.a": "1"}, []),
     ],
 )
-def test_which_keys_need_a_restart(itype: str, before: dict, after: dict, why: list[str]) -> None:
+def test_which_keys_need_a_restart(itype: str, before: Obj, after: Obj, why: list[str]) -> None:
     assert d.needs_restart(itype, before, after, {}, {}) == why
 
 
@@ -190,7 +193,7 @@ DEVICES = st.dictionaries(st.sampled_from(["eth0", "root", "gpu0"]), DEVICE, max
 @given(current=CONFIG, first=CONFIG, second=CONFIG, devices=DEVICES, one=DEVICES, two=DEVICES)
 def test_any_sequence_of_declarations_settles(current, first, second, devices, one, two) -> None:  # type: ignore[no-untyped-def]
     """Writing twice is writing once, and nothing of the first declaration survives the second."""
-    start = {"config": d.clean(current), "devices": d.clean_devices(devices)}
+    start: Obj = {"config": d.clean(current), "devices": d.clean_devices(devices)}
     middle = d.rebuild("profile", start, target(config=first, devices=one))
     end = d.rebuild("profile", middle, target(config=second, devices=two))
     assert d.changes(end, d.rebuild("profile", end, target(config=second, devices=two))) == {}

@@ -3,6 +3,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+from typing import Any
+
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_gpu as gpu
 
 A, B = "0000:01:00.0", "0000:02:00.0"
@@ -18,13 +20,14 @@ RESOURCES = {
     }
 }
 CARDS = gpu.cards_of(RESOURCES)
+Obj = dict[str, Any]
 
 
-def want(name: str, inherited: dict | None = None, **spec: object) -> dict:
+def want(name: str, inherited: Obj | None = None, **spec: object) -> Obj:
     return {"project": "p", "name": name, "gpu": {"optional": False, **spec}, "inherited": inherited or {}}
 
 
-def give(*wanted: dict, cards: list[gpu.Card] = CARDS, current: dict | None = None, **more: object) -> dict:
+def give(*wanted: Obj, cards: list[gpu.Card] = CARDS, current: Obj | None = None, **more: object) -> Obj:
     found = gpu.assign(list(wanted), cards, {("p", k): v for k, v in (current or {}).items()}, **more)  # type: ignore[arg-type]
     return {name: assignment for (_p, name), assignment in found.items()}
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_images as images
@@ -22,7 +24,12 @@ class Probe:
         return self.answer
 
 
-def resolve(*wanted, aliases=(LAB,), fallback="lab", answer="no route"):  # type: ignore[no-untyped-def]
+def resolve(
+    *wanted: str | tuple[str, str],
+    aliases: Sequence[dict[str, Any]] = (LAB,),
+    fallback: str | None = "lab",
+    answer: str = "no route",
+) -> tuple[Any, Probe]:
     probe = Probe(answer)
     pairs = [w if isinstance(w, tuple) else (w, "container") for w in wanted]
     found = images.resolve(pairs, list(aliases), server="https://x", fallback=fallback, probe=probe)
