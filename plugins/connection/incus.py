@@ -177,6 +177,7 @@ import stat
 import threading
 import typing as t
 from collections.abc import Callable, Iterator
+from urllib.parse import quote
 
 from ansible.errors import (
     AnsibleAuthenticationFailure,
@@ -193,7 +194,6 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
     IncusForbidden,
     IncusNotFound,
     IncusTimeout,
-    IncusUnreachable,
 )
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_websocket import (
     CommandResult,
@@ -268,8 +268,7 @@ class _Password(Gate):
             return True
         if self._become.check_incorrect_password(stdout + stderr):
             raise AnsibleAuthenticationFailure("Incorrect become password (ansible_become_password).")
-        if self._become.check_missing_password(stdout + stderr):
-            raise AnsibleAuthenticationFailure("Missing become password: set ansible_become_password.")
+        _check_missing(self._become, stdout + stderr)
         seen = self._sent_at or (0, 0)
         fresh = stdout[seen[0] :], stderr[seen[1] :]
         if not any(part and self._become.check_password_prompt(part) for part in fresh):
@@ -278,6 +277,11 @@ class _Password(Gate):
             raise AnsibleAuthenticationFailure("Incorrect become password (ansible_become_password).")
         self._sent_at = len(stdout), len(stderr)
         return str(self._become.get_option("become_pass") or "").encode() + b"\n"
+
+
+def _check_missing(become: t.Any, output: bytes) -> None:
+    if become.check_missing_password(output):
+        raise AnsibleAuthenticationFailure("Missing become password: set ansible_become_password.")
 
 
 @contextlib.contextmanager
@@ -355,6 +359,14 @@ class Connection(ConnectionBase):  # type: ignore[misc]
             gate = _Password(self.become)
         limit = int(self.get_option("exec_timeout") or 0)
         result = self._run(cmd, stdin=in_data, gate=gate, timeout=limit or None)
+        if (
+            result.returncode
+            and not result.stdout
+            and sudoable
+            and self.become is not None
+            and self.become._id
+        ):
+            _check_missing(self.become, result.stderr)
         return result.returncode, result.stdout, result.stderr
 
     def put_file(self, in_path: str, out_path: str) -> None:
@@ -507,25 +519,26 @@ class Connection(ConnectionBase):  # type: ignore[misc]
     def _explained(self, exc: IncusError, client: IncusClient) -> AnsibleError:
         """The failure as a user's message; asks for the instance's state only now that something failed."""
         name, project = self._name, self._project
-        if isinstance(exc, IncusNotFound):
+        if isinstance(exc, IncusNotFound) and exc.method == "POST":
             return AnsibleConnectionFailure(missing_message(name, project, exc.detail or str(exc)))
         if isinstance(exc, IncusForbidden):
             return AnsibleConnectionFailure(str(exc))
-        if isinstance(exc, IncusTimeout) and exc.method is None and exc.path is None:
+        if isinstance(exc, IncusTimeout) and exc.path is None:
             return AnsibleError(str(exc))  # the command itself took too long: the host is there
-        status = None
-        if not isinstance(exc, IncusUnreachable) or exc.path is None or "socket" not in exc.path:
-            try:
-                client.close()
-                answer = client.request("GET", f"/1.0/instances/{name}/state", project=project, timeout=5.0)
-                status = str((answer.metadata or {}).get("status"))
-            except IncusNotFound as gone:
-                return AnsibleConnectionFailure(missing_message(name, project, gone.detail or ""))
-            except IncusError:
-                pass
-        message = state_message(name, project, status or "")
+        status = ""
+        try:
+            client.close()
+            answer = client.request(
+                "GET", f"/1.0/instances/{quote(name, safe='')}/state", project=project, timeout=5.0
+            )
+            status = str((answer.metadata or {}).get("status"))
+        except IncusNotFound as gone:
+            return AnsibleConnectionFailure(missing_message(name, project, gone.detail or ""))
+        except IncusError:
+            pass  # the first failure says it
+        message = state_message(name, project, status)
         if message is None:
-            message = f"Instance {name!r} in project {project!r}: {exc}"
+            message = str(exc) if not status else f"Instance {name!r} in project {project!r}: {exc}"
         return AnsibleConnectionFailure(message)
 
 

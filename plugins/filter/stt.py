@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,18 @@ GATEWAY_PARTS = ("src", "pyproject.toml", "requirements.lock")
 def stt_problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
     """Return what is wrong with the stt_server_* variables among the given ones."""
     return _stt.problems(variables, base)
+
+
+def stt_problems_of_hosts(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the stt_server_* variables of each host, with its name before it."""
+    found = []
+    for host in hosts:
+        variables = hostvars[host]
+        asked = {name: variables[name] for name in variables if name.startswith("stt_server_")}
+        found += [
+            f"{host}: {problem}" for problem in stt_problems(asked, str(variables.get("inventory_dir") or ""))
+        ]
+    return found
 
 
 def _model_digest(path: str, problems: list[str], name: str) -> str:
@@ -85,6 +97,7 @@ class FilterModule:
     def filters(self) -> Mapping[str, Callable[..., Any]]:
         return {
             "stt_problems": stt_problems,
+            "stt_problems_of_hosts": stt_problems_of_hosts,
             "stt_request": stt_request,
             "stt_summary": _stt_plan.summarize,
         }

@@ -226,5 +226,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
             hidden = {key for group_name in ("all", *host.groups) for key in overridden[group_name]}
             ours = {k: v for k, v in host.vars.items() if k not in hidden} if hidden else host.vars
             get_host(name).vars.update(plain(ours))
+            for key, template in host.templates.items():
+                if key not in hidden:
+                    inventory.set_variable(name, key, trust_as_template(template))
             for key, value in host.user_vars.items():
                 inventory.set_variable(name, key, trusted(value))

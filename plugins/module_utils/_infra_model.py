@@ -33,6 +33,11 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._infra_schema impo
 )
 
 CONNECTION = "sottovoce.stack.incus"
+# Variables of open_webui that follow those of the speech-to-text server it is wired to.
+STT_FOLLOWED = {
+    "open_webui_stt_language": "stt_server_language",
+    "open_webui_stt_api_key": "stt_server_api_key",
+}
 STT_PORT = 8000
 OLLAMA_PORT = 11434
 PROJECT_CONFIG = {
@@ -57,6 +62,7 @@ class Host:
     groups: tuple[str, ...]
     vars: dict[str, Any]  # computed from the document: what a user sets in group_vars wins over these
     user_vars: dict[str, Any]  # `vars` of the machine: ordinary host variables
+    templates: dict[str, str] = field(default_factory=dict)  # computed, for Ansible to evaluate
 
 
 @dataclass(slots=True)
@@ -310,6 +316,12 @@ def _wire(infra: Infra, domain: Domain, model: Model, user_vars: UserVars, ips: 
         port = _port(next((seen[v] for v in port_variables if v in seen), None), default)
         for machine in readers:
             model.hosts[machine.name].vars[variable] = form.format(ips[server.name], port)
+            if role == "stt_server":
+                # Wherever the user sets them (a vault, host_vars, -e), the server and its reader agree.
+                model.hosts[machine.name].templates = {
+                    reader: f"{{{{ hostvars['{server.name}'].{asked} | default('') }}}}"
+                    for reader, asked in STT_FOLLOWED.items()
+                }
 
 
 def _no_user_vars(_machine: str, _groups: tuple[str, ...]) -> Mapping[str, Any]:

@@ -1,3 +1,6 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """A small Incus daemon on a unix socket: enough of the API to test the client and the connection.
 
 Answers are given by functions that a test puts into `routes`; commands are run as real local

@@ -1,3 +1,6 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
 import os
@@ -444,6 +447,15 @@ def test_a_wrong_become_password_is_told_at_once(make: Make) -> None:
     with pytest.raises(AnsibleAuthenticationFailure, match="Incorrect become password"):
         connection.exec_command(_ASK.replace("= secret", "= other"), in_data=b"module")
     assert time.monotonic() - begin < 4
+
+
+def test_a_missing_become_password_is_named(make: Make) -> None:
+    connection = make()
+    become = Become()
+    connection.set_become_plugin(become)
+    become.expect_prompt = lambda: False  # type: ignore[method-assign]
+    with pytest.raises(AnsibleAuthenticationFailure, match="Missing become password"):
+        connection.exec_command("echo 'a password is required' >&2; exit 1", in_data=b"module")
 
 
 def test_a_become_method_that_never_asks(make: Make) -> None:

@@ -258,6 +258,28 @@ def test_state_and_templates_in_a_play(folder: Path, tmp_path: Path) -> None:
     assert seen["state"]["instances"][0]["description"] == "Literally {{ nothing }}"
 
 
+def test_wiring_follows_language_and_key_wherever_they_are_set(folder: Path, tmp_path: Path) -> None:
+    (folder / "host_vars").mkdir()
+    (folder / "host_vars/gpu-server.yml").write_text(
+        "secret: s3\nstt_server_api_key: '{{ secret }}'\nstt_server_language: de\n"
+    )
+    playbook = tmp_path / "wires.yml"
+    playbook.write_text("""
+- hosts: webui
+  gather_facts: false
+  connection: local
+  tasks:
+    - ansible.builtin.assert:
+        that:
+          - open_webui_stt_language == language
+          - open_webui_stt_api_key == 's3'
+""")
+    for language, arguments in (("de", []), ("fr", ["-e", "stt_server_language=fr"])):
+        given = ["-i", folder, "-e", f"language={language}", *arguments, playbook]
+        result = ansible("ansible-playbook", *given, cwd=folder)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_an_encrypted_document(folder: Path) -> None:
     (folder / "password").write_text("secret\n")
     result = ansible("ansible-vault", "encrypt", "--vault-password-file", "password", "infra.yml", cwd=folder)
