@@ -27,15 +27,17 @@ machine() { # name, lock, cache inside
   for certificate in /usr/local/share/ca-certificates/*.crt; do
     [ ! -e "$certificate" ] || incus_do file push --quiet "$certificate" "$1/usr/local/share/ca-certificates/"
   done
-  incus_do exec "$1" -- sh -c 'update-ca-certificates >/dev/null 2>&1
-    until ip -4 -o address show dev eth0 scope global | grep -q inet; do sleep 0.1; done'
+  # Only after the boot: systemd clears /tmp on its way.
+  incus_do exec "$1" -- timeout 60 sh -c '
+    until ip -4 -o address show dev eth0 scope global | grep -q inet; do sleep 0.1; done
+    update-ca-certificates >/dev/null'
   incus_do file push --quiet "$2" "$1/root/requirements.lock"
   incus_do file push --quiet "$root/roles/uv/files/requirements.lock" "$1/root/uv.lock"
   incus_do exec "$1" --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt \
     --env PIP_CERT=/etc/ssl/certs/ca-certificates.crt --env UV_SYSTEM_CERTS=1 -- sh -ec '
     python3 -m venv /opt/uv && /opt/uv/bin/pip install -q --require-hashes -r /root/uv.lock
     /opt/uv/bin/uv venv -q /opt/venv
-    /opt/uv/bin/uv pip install -q -p /opt/venv --require-hashes -r /root/requirements.lock'
+    /opt/uv/bin/uv pip sync -q -p /opt/venv --require-hashes /root/requirements.lock'
 }
 
 speech() {

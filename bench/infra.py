@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time the infrastructure play.")
     parser.add_argument("--machines", default="4,200", help="numbers of machines (default 4,200)")
     parser.add_argument("--runs", type=int, default=3, help="runs with nothing to do (default 3)")
-    parser.add_argument("--image", default="lab", help="image of started machines (default: lab)")
+    parser.add_argument("--image", default="sottovoce/debian/12", help="image of started machines")
     parser.add_argument("--pool", default="default", help="storage pool")
     parser.add_argument("--started", type=int, default=10, help="start machines up to this number")
     parser.add_argument("--zone-base", type=int, default=150, help="second octet of the addresses")

@@ -61,6 +61,7 @@ from ansible.errors import AnsibleError, AnsibleParserError
 from ansible.inventory.group import Group
 from ansible.inventory.host import Host
 from ansible.plugins.inventory import BaseInventoryPlugin
+from ansible.plugins.loader import connection_loader
 from ansible.utils.display import Display
 from ansible.vars.plugins import get_vars_from_inventory_sources
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_model import (
@@ -80,6 +81,7 @@ except ImportError:  # before ansible-core 2.19 every inventory variable is a te
         return value
 
 
+CONNECTION = "sottovoce.stack.incus"
 PARSER_ERROR = 4  # what ansible-playbook exits with when it cannot parse something
 # Looked up when a play asks for it: as a value it would be part of every host's variables.
 STATE = "{{ lookup('sottovoce.stack.infra_state', sottovoce_infra_file) }}"
@@ -137,6 +139,8 @@ class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
                 self.check_member(path)
             else:
                 self.load(path)
+                # Loaded here, the forks of every task have it; else each of them compiles it anew (40 ms).
+                connection_loader.get(CONNECTION, class_only=True)
         except AnsibleError as error:
             # An exception would not end the run: Ansible tries its other plugins, and its YAML plugin takes
             # infra.yml for an inventory with the groups "global" and "domains".
