@@ -40,7 +40,7 @@ def form(audio: bytes, fields: dict[str, str]) -> tuple[bytes, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT / "demo" / "model"))
+    parser.add_argument("--model", default=str(ROOT / "demo" / "whisper-demo"))
     parser.add_argument("--clips", default=str(ROOT / "demo" / "clips"))
     parser.add_argument("--threads", type=int, default=0, help="0: all cores, at most 8")
     parser.add_argument("--rounds", type=int, default=5)

@@ -244,22 +244,22 @@ def test_missing_empty_and_garbage_file(server: Server, client: openai.OpenAI) -
 
 def test_models(client: openai.OpenAI) -> None:
     [model] = client.models.list().data
-    assert (model.id, model.object, model.owned_by) == ("model", "model", "local")
-    for name in ("model", "whisper-1", str(MODEL)):
-        assert client.models.retrieve(name).id == "model"
+    assert (model.id, model.object, model.owned_by) == ("whisper-demo", "model", "local")
+    for name in ("whisper-demo", "whisper-1", str(MODEL)):
+        assert client.models.retrieve(name).id == "whisper-demo"
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("Systran/faster-whisper-tiny")
     assert caught.value.code == "model_not_found"
 
 
-@pytest.mark.parametrize("name", ["", "whisper-1", "model", str(MODEL)])
+@pytest.mark.parametrize("name", ["", "whisper-1", "whisper-demo", str(MODEL)])
 def test_model_is_meant_by(client: openai.OpenAI, name: str) -> None:
     assert client.audio.transcriptions.create(file=CLIP, model=name, language="en").text == TEXT
 
 
 @pytest.mark.parametrize("name", ["large-v3", "gpt-4o-transcribe", "Systran/faster-whisper-tiny"])
 def test_unknown_model(client: openai.OpenAI, name: str) -> None:
-    with pytest.raises(openai.NotFoundError, match=r"serves 'model'") as caught:
+    with pytest.raises(openai.NotFoundError, match=r"serves 'whisper-demo'") as caught:
         client.audio.transcriptions.create(file=CLIP, model=name)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
@@ -282,7 +282,7 @@ def test_health(server: Server) -> None:
     assert status == 200
     assert body["compute_type_requested"] == "float16"
     assert {name: body[name] for name in ("status", "model", "device", "compute_type", "load_state")} == {
-        "status": "ok", "model": "model", "device": "cpu", "compute_type": "int8", "load_state": "loaded",
+        "status": "ok", "model": "whisper-demo", "device": "cpu", "compute_type": "int8", "load_state": "loaded",
     }  # fmt: skip
     assert body["queue"] == {"waiting": 0, "running": 0, "limit": 16}
     assert re.search(r"compute_type_replaced .*requested=float16 effective=int8", server.log)
@@ -363,9 +363,9 @@ def test_default_language(serve: Serve) -> None:
 
 def test_english_only_model(serve: Serve) -> None:
     server = serve("--model", str(MODEL_EN))
-    assert server.client().audio.transcriptions.create(file=CLIP, model="model-en").text == TEXT
+    assert server.client().audio.transcriptions.create(file=CLIP, model="whisper-demo-en").text == TEXT
     with pytest.raises(openai.BadRequestError, match="knows only English") as caught:
-        server.client().audio.transcriptions.create(file=CLIP, model="model-en", language="de")
+        server.client().audio.transcriptions.create(file=CLIP, model="whisper-demo-en", language="de")
     assert caught.value.param == "language"
 
 

@@ -116,7 +116,7 @@ def test_model_names_are_those_of_the_engine() -> None:
         ("someone/some-whisper", "Someone/some-whisper"),
         ("small", "whisper-1"),
         ("small", ""),
-        (str(MODEL), "model"),
+        (str(MODEL), "whisper-demo"),
         (str(MODEL), str(MODEL)),
         (str(MODEL) + "/", str(MODEL)),
     ],
@@ -148,7 +148,7 @@ def test_unknown_model_name() -> None:
 
 def test_relative_folder_is_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert models.resolve("demo/model").folder == MODEL
+    assert models.resolve("demo/whisper-demo").folder == MODEL
 
 
 def test_locate_names_what_is_absent(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 import openai
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "demo" / "model"
-MODEL_EN = ROOT / "demo" / "model-en"
+MODEL = ROOT / "demo" / "whisper-demo"
+MODEL_EN = ROOT / "demo" / "whisper-demo-en"
 CLIPS = ROOT / "demo" / "clips"
 
 

@@ -52,7 +52,7 @@ def stack(collection: Collection, tmp_path_factory: pytest.TempPathFactory) -> I
     (inventory / "group_vars").mkdir()
     (inventory / "infra.yml").write_text(INFRA, encoding="utf-8")
     (inventory / "group_vars/all.yml").write_text(
-        f"stt_server_fallback_model: {ROOT}/demo/model\n", encoding="utf-8"
+        f"stt_server_fallback_model: {ROOT}/demo/whisper-demo\n", encoding="utf-8"
     )
     first = collection.play("apply", inventory)
     yield Stack(collection, inventory, first)

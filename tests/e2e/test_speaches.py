@@ -83,7 +83,7 @@ class Server:
     first: Any = None
 
     def configure(
-        self, engine: str = "speaches", model: str = "model", quantization: str = "float16"
+        self, engine: str = "speaches", model: str = "whisper-demo", quantization: str = "float16"
     ) -> None:
         (self.inventory / "host_vars" / f"{MACHINE}.yml").write_text(
             HOST_VARS.format(
@@ -142,13 +142,13 @@ def server(collection: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_first_apply_gives_speaches_with_its_model(server: Server) -> None:
-    assert "speaches, 0.9.0-rc.3, model, int8, cpu" in server.first.output
+    assert "speaches, 0.9.0-rc.3, whisper-demo, int8, cpu" in server.first.output
     assert inside("systemctl", "is-active", "speaches").strip() == "active"
     loaded = urllib.request.urlopen(f"{server.url}/api/ps", timeout=10).read()
     assert json.loads(loaded)["models"][0].startswith("local/model-")
 
 
-@pytest.mark.parametrize("name", ["whisper-1", str(ROOT / "demo/model")])
+@pytest.mark.parametrize("name", ["whisper-1", str(ROOT / "demo/whisper-demo")])
 def test_requests_may_use_the_names_people_write(server: Server, name: str) -> None:
     assert server.hear(name) == SENTENCE
 
@@ -171,9 +171,9 @@ def test_nothing_to_do(server: Server) -> None:
 
 
 def test_changed_model_and_quantization(server: Server) -> None:
-    server.configure(model="model-en", quantization="float32")
+    server.configure(model="whisper-demo-en", quantization="float32")
     run = server.apply("--tags", "stt")
-    assert "model-en, float32, cpu" in run.output
+    assert "whisper-demo-en, float32, cpu" in run.output
     assert server.hear("whisper-1") == SENTENCE
     assert "float32" in inside("cat", "/etc/sottovoce/speaches.env")
 

@@ -274,9 +274,9 @@ def test_wiring_follows_language_and_key_wherever_they_are_set(folder: Path, tmp
           - open_webui_stt_language == language
           - open_webui_stt_api_key == 's3'
 """)
-    for language, arguments in (("de", []), ("fr", ["-e", "stt_server_language=fr"])):
-        given = ["-i", folder, "-e", f"language={language}", *arguments, playbook]
-        result = ansible("ansible-playbook", *given, cwd=folder)
+    for language, extra in (("de", "other=1"), ("fr", "stt_server_language=fr")):
+        expected = f"language={language}"
+        result = ansible("ansible-playbook", "-i", folder, "-e", expected, "-e", extra, playbook, cwd=folder)
         assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -181,7 +181,7 @@ def test_problems_are_named_all_at_once() -> None:
             "stt_server_device": "gpu",
             "stt_server_language": "english",
             "stt_server_port": 70000,
-            "stt_server_fallback_model": "demo/model",
+            "stt_server_fallback_model": "demo/whisper-demo",
         }
     )
     assert [message.split(":")[0] for message in found] == [

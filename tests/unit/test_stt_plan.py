@@ -116,15 +116,17 @@ def test_unreachable_source_gives_the_other_engine_and_says_so() -> None:
 
 def test_no_network_at_all_gives_the_fallback_model() -> None:
     machine = Machine(down=OFFLINE)
-    plan = _stt_plan.make_plan(request(fallback_path="/demo/model/", fallback_digest="d" * 64), machine.facts)
+    plan = _stt_plan.make_plan(
+        request(fallback_path="/demo/whisper-demo/", fallback_digest="d" * 64), machine.facts
+    )
     assert plan["engine"] == "builtin"
     assert plan["model"] == {
-        "name": "model",
-        "id": "model",
-        "src": "/demo/model/",
+        "name": "whisper-demo",
+        "id": "whisper-demo",
+        "src": "/demo/whisper-demo/",
         "digest": "d" * 64,
-        "dest": f"/opt/voicegate/models/{'d' * 12}/model",
-        "argument": f"/opt/voicegate/models/{'d' * 12}/model",
+        "dest": f"/opt/voicegate/models/{'d' * 12}/whisper-demo",
+        "argument": f"/opt/voicegate/models/{'d' * 12}/whisper-demo",
     }
     assert plan["environment"]["VOICEGATE_MODEL"] == plan["model"]["dest"]
     assert [item["what"] for item in plan["skipped"]] == ["speaches", "model large-v3-turbo"]
@@ -178,7 +180,9 @@ def test_a_python_that_is_not_there_is_refused() -> None:
 
 def test_speaches_with_a_model_it_cannot_get_falls_back() -> None:
     machine = Machine(down={"https://hub.test": "hub.test: refused"}, pythons=["3.12"])
-    plan = _stt_plan.make_plan(request(fallback_path="/demo/model", fallback_digest="d" * 64), machine.facts)
+    plan = _stt_plan.make_plan(
+        request(fallback_path="/demo/whisper-demo", fallback_digest="d" * 64), machine.facts
+    )
     assert plan["engine"] == "builtin"
     assert "model hub" in plan["skipped"][0]["why"]
 
