@@ -58,7 +58,8 @@ def main() -> None:
         (inventory / "infra.yml").write_text(INFRA, encoding="utf-8")
         (inventory / "group_vars").mkdir()
         (inventory / "group_vars/all.yml").write_text(
-            f"stt_server_fallback_model: {ROOT}/demo/whisper-demo\nsottovoce_image_fallback: {options.image}\n",
+            f"stt_server_fallback_model: {ROOT}/demo/whisper-demo\n"
+            f"sottovoce_image_fallback: {options.image}\n",
             encoding="utf-8",
         )
         play = [str(BIN / "ansible-playbook"), "-i", folder]

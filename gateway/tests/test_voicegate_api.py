@@ -282,8 +282,12 @@ def test_health(server: Server) -> None:
     assert status == 200
     assert body["compute_type_requested"] == "float16"
     assert {name: body[name] for name in ("status", "model", "device", "compute_type", "load_state")} == {
-        "status": "ok", "model": "whisper-demo", "device": "cpu", "compute_type": "int8", "load_state": "loaded",
-    }  # fmt: skip
+        "status": "ok",
+        "model": "whisper-demo",
+        "device": "cpu",
+        "compute_type": "int8",
+        "load_state": "loaded",
+    }
     assert body["queue"] == {"waiting": 0, "running": 0, "limit": 16}
     assert re.search(r"compute_type_replaced .*requested=float16 effective=int8", server.log)
 

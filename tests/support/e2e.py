@@ -74,12 +74,18 @@ class Collection:
         ]  # fmt: skip
 
     def play(
-        self, playbook: str, inventory: Path, *arguments: str, check: bool = True, timeout: float = 600
+        self,
+        playbook: str,
+        inventory: Path,
+        *arguments: str,
+        check: bool = True,
+        timeout: float = 600,
+        environment: dict[str, str] | None = None,
     ) -> Run:
         """Run a playbook to its end; the output is shown when the test fails."""
         done = subprocess.run(
             self.command(playbook, inventory, *arguments),
-            env=self.environment(),
+            env={**self.environment(), **(environment or {})},
             cwd=self.path,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
