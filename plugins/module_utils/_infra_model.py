@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._infra_check impor
     shared_source,
 )
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_schema import (
+    OWN_ROLES,
     Devices,
     Domain,
     Infra,
@@ -272,6 +274,11 @@ def _host_vars(infra: Infra, domain: Domain, machine: Machine, instance: Mapping
         found["instance_storage_volumes"] = _volume_vars(machine.storage_volumes)
     if machine.persistent_data:
         found["instance_persistent_data"] = _volume_vars(machine.persistent_data)
+    own = [role for role in machine.roles if role in infra.local_roles and role not in OWN_ROLES]
+    if own:
+        # By path: Ansible does not look for roles beside an inventory.
+        folder = os.path.join(os.path.dirname(os.path.abspath(infra.source)), "roles")
+        found["instance_roles_own"] = [os.path.join(folder, role) for role in own]
     if machine.gpu is not None and (machine.gpu.selects or machine.gpu.optional):
         found["instance_gpu_request"] = machine.gpu.request()
     return found

@@ -126,6 +126,25 @@ def test_two_applies_at_once_end_well_and_make_each_machine_once(infra: Path, co
     assert machines() == {"m1": "Running", "m2": "Running"}
 
 
+def test_a_role_of_the_users_own_runs_and_is_in_the_summary(infra: Path, collection: Collection) -> None:
+    tasks = infra.parent / "roles/greeter/tasks"
+    tasks.mkdir(parents=True)
+    (tasks / "main.yml").write_text(
+        "- name: Greet\n"
+        "  ansible.builtin.copy:\n"
+        "    {content: 'hello from {{ instance_name }}', dest: /etc/greeting, mode: '0644'}\n"
+        "- name: Sum up\n"
+        "  ansible.builtin.set_fact: {greeter_summary: {url: 'file:///etc/greeting', version: '1'}}\n",
+        encoding="utf-8",
+    )
+    declare(infra, m1="{roles: [base_system, greeter]}")
+    applied = collection.play("apply", infra)
+    assert "greeter: file:///etc/greeting 1" in " ".join(applied.output.split())
+    read = ["incus", "exec", "--project", "life", "m1", "--", "cat", "/etc/greeting"]
+    assert subprocess.run(read, capture_output=True, text=True, check=True).stdout == "hello from m1"
+    assert collection.play("apply", infra).changed == 0
+
+
 def test_a_broken_infra_yml_stops_everything_with_its_message(infra: Path, collection: Collection) -> None:
     declare(infra, m1="{roles: [ollama_serverr]}")
     refused = collection.play("apply", infra, check=False)

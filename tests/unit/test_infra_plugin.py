@@ -160,6 +160,9 @@ def test_folder_form_with_roles_beside_it(tmp_path: Path, source: str) -> None:
     found = listed("-i", where / source if source else f"{where}/", cwd=tmp_path)
     assert set(found["_meta"]["hostvars"]) == {"web-1", "web-2", "db-1"}
     assert found["beside"]["hosts"] == ["web-2"]
+    hosts = found["_meta"]["hostvars"]
+    assert hosts["web-2"]["instance_roles_own"] == [str(where / "roles/beside")]
+    assert "instance_roles_own" not in hosts["web-1"]
 
 
 def test_other_inventories_in_the_folder_are_read_as_well(folder: Path) -> None:
