@@ -14,7 +14,7 @@ description:
   - A command that is interrupted (Ctrl-C, a task's C(timeout), O(exec_timeout)) is killed in the
     instance together with everything it started.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 version_added: 0.1.0
 notes:
   - The user who runs Ansible needs access to the daemon's socket (group C(incus-admin), or root).

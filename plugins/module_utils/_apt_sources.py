@@ -51,7 +51,7 @@ def parse_deb822(text: str) -> list[Source]:
                 if name:
                     fields[name].append(line)
             elif ":" in line:
-                name, _, value = line.partition(":")
+                name, _unused, value = line.partition(":")
                 name = name.strip().lower()
                 fields[name] = [value.strip()]
         plain = {key: " ".join(part.strip() for part in lines) for key, lines in fields.items()}

@@ -125,7 +125,8 @@ class Recipe:
                 BUILT_PROPERTY: str(built),
             },
             "templates": {
-                path: {"when": ["create", "copy"], "template": name} for path, (name, _) in TEMPLATES.items()
+                path: {"when": ["create", "copy"], "template": name}
+                for path, (name, _unused) in TEMPLATES.items()
             },
         }
 
@@ -152,7 +153,7 @@ def missing_instances(
     """Declared containers that do not exist. `existing` are the URLs of GET /1.0/instances."""
     there: set[tuple[str, str]] = set()
     for url in existing:
-        path, _, query = str(url).partition("?")
+        path, _unused, query = str(url).partition("?")
         project = next((q[8:] for q in query.split("&") if q.startswith("project=")), "default")
         there.add((project, path.rpartition("/")[2]))
     return [

@@ -518,7 +518,7 @@ class IncusClient:
 
     def wait(self, operation: str, timeout: float = 300.0, *, what: str | None = None) -> t.Any:
         """Wait for the end of a background operation; None if the daemon has forgotten it already."""
-        path, _, tail = operation.partition("?")
+        path, _unused, tail = operation.partition("?")
         query = dict(pair.partition("=")[::2] for pair in tail.split("&") if pair)
         deadline = self._clock() + timeout
         what = what or operation
@@ -672,7 +672,7 @@ class IncusClient:
         from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_websocket
 
         limit = self.timeout if timeout is None else timeout
-        path, _, tail = operation.partition("?")
+        path, _unused, tail = operation.partition("?")
         opened: list[WebSocket] = []
         deadline = self._clock() + limit
         try:

@@ -66,7 +66,7 @@ def resolve(
         if alias:
             result[key] = Image(name, itype, alias=alias)
             continue
-        remote, _, tail = name.rpartition(":")
+        remote, _unused, tail = name.rpartition(":")
         if not remote and _FINGERPRINT.fullmatch(name):
             result[key] = Image(name, itype, fingerprint=name)
             continue
@@ -110,20 +110,21 @@ def probe_server(server: str, timeout: float = 5.0) -> str:
 
     def ask() -> None:
         import urllib.error
-        import urllib.request
+
+        from ansible.module_utils import urls
 
         url = f"{server.rstrip('/')}/streams/v1/index.json"
         if not url.startswith("https://"):
             answer.append("an image server is an https address")
             return
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as reply:  # noqa: S310 (https, see above)
+            with urls.open_url(url, timeout=timeout) as reply:
                 answer.append("" if reply.status == 200 else f"it answers {reply.status}")
         except urllib.error.HTTPError as exc:
             answer.append(f"it answers {exc.code} {exc.reason}")
         except urllib.error.URLError as exc:
             answer.append(str(getattr(exc.reason, "strerror", None) or exc.reason))
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, urls.ConnectionError) as exc:
             answer.append(str(exc) or type(exc).__name__)
 
     # A name server that does not answer has timeouts of its own, longer than ours.

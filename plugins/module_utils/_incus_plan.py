@@ -589,7 +589,9 @@ class Planner:
                         f" {project} has. That one is not declared in {self.options.infra_file}: remove it"
                         " (prune: true, if an earlier run made it), or give one of them another address."
                     )
-                elif address in [a for _, a in static_addresses((steps[key].after or {}).get("devices"))]:
+                elif address in [
+                    a for _unused, a in static_addresses((steps[key].after or {}).get("devices"))
+                ]:
                     self.plan.errors.append(
                         f"{taker.title} and machine {name} are both declared with {address[1]}."
                     )
@@ -698,7 +700,7 @@ def plan_removals(
         declared |= {
             ("project", "", p)
             for kind in ("profiles", "volumes", "instances")
-            for p, _ in names(desired, kind)
+            for p, _unused in names(desired, kind)
         }
     wanted_config = {
         (str(i.get("project") or "default"), str(i["name"])): i for i in desired.get("instances") or []
@@ -722,7 +724,7 @@ def plan_removals(
         return found
 
     def step_for(key: Key, phase: int, obj: Obj) -> Step:
-        pool, _, name = key[2].partition("/") if key[0] == "volume" else ("", "", key[2])
+        pool, _unused, name = key[2].partition("/") if key[0] == "volume" else ("", "", key[2])
         return Step(key[0], key[1] or name, name, "deleted", phase, pool=pool, before=obj)
 
     def keep(step: Step, why: str) -> None:

@@ -64,7 +64,7 @@ def by_name(objects: Iterable[Obj]) -> dict[tuple[str, str], Obj]:
 
 def parse_url(url: str) -> Key | None:
     """What a `used_by` entry means; None for kinds that are not handled here."""
-    path, _, query = url.partition("?")
+    path, _unused, query = url.partition("?")
     project = parse_qs(query).get("project", ["default"])[0]
     parts = [unquote(p) for p in path.strip("/").split("/")][1:]
     match parts:

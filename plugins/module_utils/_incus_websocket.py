@@ -154,7 +154,7 @@ class WebSocket:
             data += block
             if not block or len(data) > _HEAD_LIMIT:
                 raise WebSocketError("the websocket handshake was cut off")
-        head, _, rest = data.partition(b"\r\n\r\n")
+        head, _unused, rest = data.partition(b"\r\n\r\n")
         lines = head.split(b"\r\n")
         status = lines[0].split(b" ", 2)
         if len(status) < 2 or not status[1].isdigit():
@@ -164,7 +164,7 @@ class WebSocket:
             raise WebSocketError(f"HTTP {code} to the websocket handshake: {rest[:200]!r}", code)
         fields = {
             name.strip().lower(): value.strip()
-            for name, _, value in (line.partition(b":") for line in lines[1:])
+            for name, _unused, value in (line.partition(b":") for line in lines[1:])
         }
         expected = base64.b64encode(hashlib.sha1(self._key + _GUID, usedforsecurity=False).digest())
         if fields.get(b"sec-websocket-accept") != expected:
@@ -356,7 +356,7 @@ class _Session:
         self.gate = gate
         self.gate_timeout = gate_timeout
         self.clock = clock
-        path, _, tail = operation.partition("?")
+        path, _unused, tail = operation.partition("?")
         self.pending = client.start("GET", f"{path}/wait?{tail + '&' if tail else ''}timeout=-1")
         self.metadata: t.Any = None
         self.finished: float | None = None
@@ -385,7 +385,7 @@ class _Session:
             left = min((limit - now for limit in limits if limit is not None), default=None)
             buffered = any(stream.buffered for stream in (self.stdin, self.stdout, self.stderr))
             events = self.selector.select(0 if buffered else left if left is None else max(left, 0))
-            ready = {key.fileobj for key, _ in events}
+            ready = {key.fileobj for key, _unused in events}
             for stream, name in ((self.stdin, ""), (self.stdout, "stdout"), (self.stderr, "stderr")):
                 if stream in ready or stream.buffered:
                     stream.flush()

@@ -10,6 +10,7 @@ before anything is expanded.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ansible_collections.sottovoce.stack.plugins.module_utils._infra_schema import InfraError, Problem
@@ -295,7 +296,7 @@ def plain_value(node: Node, path: str, problems: list[Problem]) -> Any:
     if node.kind == "sequence":
         return [plain_value(v, f"{path}[{i}]", problems) for i, v in enumerate(node.value)]
     value = scalar_value(node)
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         problems.append(Problem(node.file, node.line, path, f"{node.value} cannot be handed on as JSON"))
         return None
     return value

@@ -132,9 +132,9 @@ def normalise_name(name: str) -> str:
 
 def registry_of(name: str) -> tuple[str, int]:
     """Host and port that a model would be pulled from."""
-    first, _, rest = name.partition("/")
+    first, _unused, rest = name.partition("/")
     if rest and ("." in first or ":" in first or first == "localhost"):
-        host, _, port = first.partition(":")
+        host, _unused, port = first.partition(":")
         return host, int(port or 443)
     return DEFAULT_REGISTRY, 443
 

@@ -25,11 +25,12 @@ import threading
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ansible.module_utils import urls
 
 MODULE = "github.com/ollama/ollama"
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
@@ -75,9 +76,10 @@ class Found:
     seconds: float = 0.0
 
 
-def cache_folder(cache: str, environ: Mapping[str, str] = os.environ) -> Path:
+def cache_folder(cache: str, environ: Mapping[str, str] | None = None) -> Path:
     if cache:
         return Path(cache).expanduser()
+    environ = os.environ if environ is None else environ
     base = environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     return Path(base) / "sottovoce" / "ollama"
 
@@ -176,9 +178,8 @@ def open_url(url: str, timeout: float, method: str = "GET") -> Any:
 
     def attempt() -> None:
         try:
-            request = urllib.request.Request(url, method=method)  # noqa: S310 - checked above
-            answers.put(urllib.request.urlopen(request, timeout=timeout))  # noqa: S310
-        except (OSError, ValueError) as error:
+            answers.put(urls.open_url(url, method=method, timeout=timeout))
+        except (OSError, ValueError, urls.ConnectionError) as error:
             answers.put(error)
 
     threading.Thread(target=attempt, daemon=True).start()
@@ -420,8 +421,7 @@ def watch(argv: list[str], environ: Mapping[str, str], deadline: float, total: i
         raise SourceError(f"{argv[0]} does not run: {error}") from error
 
     def read() -> None:
-        assert process.stderr is not None  # noqa: S101 - it is a pipe
-        for line in process.stderr:
+        for line in process.stderr or ():
             lines.put(line.rstrip())
         lines.put(None)
 

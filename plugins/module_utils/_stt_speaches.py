@@ -14,7 +14,7 @@ import uuid
 import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from ansible.module_utils.urls import open_url
 
@@ -45,7 +45,7 @@ class Answer:
         return str(body)[:400]
 
 
-Transport = Callable[[str, str, bytes | None, Mapping[str, str], float], Answer]
+Transport = Callable[[str, str, Optional[bytes], Mapping[str, str], float], Answer]
 
 
 def http(method: str, url: str, body: bytes | None, headers: Mapping[str, str], timeout: float) -> Answer:

@@ -143,7 +143,6 @@ seconds:
   type: float
 """
 
-import os
 import platform
 import subprocess
 import time
@@ -262,7 +261,7 @@ def run(module: AnsibleModule, client: IncusClient) -> None:
         module.exit_json(**result)
 
     started = time.monotonic()
-    folder = os.path.expanduser(params["cache_path"]) if params["cache_path"] else None
+    folder = params["cache_path"] or None
     try:
         built = image_build.obtain(
             recipe,

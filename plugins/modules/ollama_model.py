@@ -15,7 +15,7 @@ description:
   - What is there already is recognised by name and digest; only what is missing is fetched.
   - An interrupted pull is resumed by the next one.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 options:
   name:
     description:

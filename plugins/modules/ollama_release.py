@@ -15,7 +15,7 @@ description:
   - Each is checked against a pinned checksum, and kept in a cache of the controller.
   - Does not install; the role P(sottovoce.stack.ollama_server#role) does that with what this returns.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 options:
   version:
     description: Version of Ollama.

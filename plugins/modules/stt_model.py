@@ -14,7 +14,7 @@ description:
   - Speaches downloads nothing on the first request, and lists a model as loaded whose loading failed. This
     module downloads when the model is missing, and with O(state=loaded) ends only after it was really loaded.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 options:
   name:
     description: Id of the model on the hub, such as V(Systran/faster-whisper-small).

@@ -14,7 +14,7 @@ description:
     device the role P(sottovoce.stack.stt_server#role) gives it. It changes nothing.
   - A source is asked only when something has to come from it, and for a few seconds at most.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 options:
   request:
     description: What is asked for, made by the filter C(sottovoce.stack.stt_request).

@@ -14,7 +14,7 @@ description:
   - What has to go over is packed on the controller and sent as one file, held to the digest there, and
     appears by one rename.
 author:
-  - The sottovoce.stack contributors
+  - The sottovoce.stack contributors (@sottovoce)
 options:
   dest:
     description: Folder on the machine. Its parent folders are made.

@@ -293,7 +293,7 @@ class FakeClient:
         self, method: str, path: str, project: str | None, query: Any, body: Any, etag: str | None
     ) -> Response:
         self.requests += 1
-        bare, _, tail = path.partition("?")
+        bare, _unused, tail = path.partition("?")
         merged = {**dict(parse_qsl(tail)), **{k: str(v) for k, v in (query or {}).items()}}
         if project:
             merged["project"] = project

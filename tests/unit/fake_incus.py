@@ -110,7 +110,7 @@ class FakeIncus:
     def _accept(self) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _unused = self._listener.accept()
             except OSError:
                 return
             self.connections += 1
@@ -140,7 +140,7 @@ class FakeIncus:
             return None
         headers: dict[str, str] = {}
         while text := stream.readline().strip():
-            name, _, value = text.decode().partition(":")
+            name, _unused, value = text.decode().partition(":")
             headers[name.lower()] = value.strip()
         url = urlsplit(line[1].decode())
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
@@ -180,7 +180,7 @@ class FakeIncus:
         return started(f"/1.0/operations/{name}", {"metadata": {"fds": fds}})
 
     def _attach(self, sock: socket.socket, request: Request) -> None:
-        name, _, number = request.query["secret"].partition("-")
+        name, _unused, number = request.query["secret"].partition("-")
         key = request.headers["sec-websocket-key"].encode()
         accept = base64.b64encode(hashlib.sha1(key + _GUID, usedforsecurity=False).digest()).decode()
         sock.sendall(
@@ -257,7 +257,7 @@ class _Exec:
         try:
             while True:
                 # Like the daemon: after the command's end only what is already there.
-                ready, _, _ = select.select([pipe, sock], [], [], 0.05)
+                ready, _unused, _unused = select.select([pipe, sock], [], [], 0.05)
                 if sock in ready and not sock.recv(4096):
                     self.kill()
                     return

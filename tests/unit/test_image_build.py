@@ -191,7 +191,7 @@ def test_a_failed_build_leaves_nothing_and_keeps_the_old(tmp_path: Path) -> None
 
 def test_two_at_once_build_once(tmp_path: Path) -> None:
     build = Builder()
-    threads = [threading.Thread(target=_obtain, args=(tmp_path, build)) for _ in range(4)]
+    threads = [threading.Thread(target=_obtain, args=(tmp_path, build)) for _unused in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

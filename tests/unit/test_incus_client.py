@@ -48,7 +48,7 @@ def client(daemon: FakeIncus) -> Iterator[IncusClient]:
 
 def test_many_requests_use_one_connection(daemon: FakeIncus, client: IncusClient) -> None:
     daemon.route("GET", "/1.0/projects", sync(["default"], headers={"ETag": "abc"}))
-    for _ in range(10):
+    for _unused in range(10):
         answer = client.get("/1.0/projects")
     assert answer.metadata == ["default"]
     assert answer.etag == "abc"
@@ -90,7 +90,7 @@ def test_errors_have_types_and_say_what_where_why(
     daemon.route("GET", "/1.0/networks", error(code, "because of this"))
     with pytest.raises(kind) as caught:
         client.get("/1.0/networks")
-    assert type(caught.value) is kind
+    assert caught.type is kind
     assert caught.value.code == code
     assert (caught.value.method, caught.value.path) == ("GET", "/1.0/networks")
     assert "GET /1.0/networks" in str(caught.value)
@@ -173,7 +173,7 @@ def test_a_trickling_answer_is_a_timeout(tmp_path: Path) -> None:
         listener.listen()
 
         def trickle() -> None:
-            sock, _ = listener.accept()
+            sock, _unused = listener.accept()
             with sock:
                 sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
                 while not stop.wait(0.05):
@@ -395,7 +395,7 @@ def test_start_reads_an_answer_that_comes_in_pieces(tmp_path: Path) -> None:
         listener.listen()
 
         def serve() -> None:
-            sock, _ = listener.accept()
+            sock, _unused = listener.accept()
             with sock:
                 sock.recv(65536)
                 sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -487,7 +487,7 @@ def remote(tmp_path: Path, daemon: FakeIncus) -> Iterator[tuple[str, dict[str, s
     def accept() -> None:
         while True:
             try:
-                raw, _ = listener.accept()
+                raw, _unused = listener.accept()
                 sock = context.wrap_socket(raw, server_side=True)
             except ssl.SSLError:
                 continue

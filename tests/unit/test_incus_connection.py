@@ -151,7 +151,7 @@ def test_a_command_that_does_not_read_its_input(client: IncusClient) -> None:
 
 
 def test_input_is_reported_as_sent_even_if_the_end_races_with_a_ping(client: IncusClient) -> None:
-    for _ in range(20):
+    for _unused in range(20):
         result = run_command(client, "box", ["wc", "-c"], stdin=b"x" * 200_000, timeout=30)
         assert result.input_sent
         assert int(result.stdout) == 200_000

@@ -67,6 +67,7 @@ class Lab:
 
     def remove(self) -> None:
         path = f"/1.0/instances/{self.name}"
+        error: IncusError | None = None
         for step in (
             lambda: self.state("stop"),
             lambda: self.client.run("DELETE", path, project=self.project),
@@ -143,7 +144,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def test_a_playbook_with_everything(lab: Lab) -> None:
     big, back = lab.folder / "big.bin", lab.folder / "fetched.bin"
     with big.open("wb") as handle:
-        for _ in range(120):
+        for _unused in range(120):
             handle.write(os.urandom(1 << 20))
     script = lab.folder / "s.sh"
     script.write_text('#!/bin/sh\necho $#; echo "$2"\n')

@@ -27,7 +27,10 @@ def want(name: str, inherited: Obj | None = None, **spec: object) -> Obj:
     return {"project": "p", "name": name, "gpu": {"optional": False, **spec}, "inherited": inherited or {}}
 
 
-def give(*wanted: Obj, cards: list[gpu.Card] = CARDS, current: Obj | None = None, **more: object) -> Obj:
+def give(
+    *wanted: Obj, cards: list[gpu.Card] | None = None, current: Obj | None = None, **more: object
+) -> Obj:
+    cards = CARDS if cards is None else cards
     found = gpu.assign(list(wanted), cards, {("p", k): v for k, v in (current or {}).items()}, **more)  # type: ignore[arg-type]
     return {name: assignment for (_p, name), assignment in found.items()}
 

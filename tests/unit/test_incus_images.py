@@ -45,7 +45,7 @@ def test_a_local_alias_wins_and_nobody_is_asked(alias: str) -> None:
 
 
 def test_an_alias_of_the_other_type_does_not_count() -> None:
-    found, _ = resolve(
+    found, _unused = resolve(
         ("images:debian/13", "virtual-machine"),
         aliases=[{"name": "debian/13", "type": "container"}],
         answer="",
@@ -74,7 +74,7 @@ def test_the_fallback_is_named() -> None:
     ("fallback", "text"), [(None, "no image_fallback is set"), ("gone", "'gone' is no local")]
 )
 def test_no_image_at_all_says_what_to_do(fallback: str | None, text: str) -> None:
-    found, _ = resolve("images:debian/13", fallback=fallback)
+    found, _unused = resolve("images:debian/13", fallback=fallback)
     error = found["images:debian/13", "container"].error
     assert text in error
     assert "incus image import" in error
@@ -88,7 +88,7 @@ def test_a_misspelt_local_name_is_not_replaced_by_another_system() -> None:
 
 
 def test_a_fingerprint() -> None:
-    found, _ = resolve("19f47ea3a6b0")
+    found, _unused = resolve("19f47ea3a6b0")
     assert found["19f47ea3a6b0", "container"].source == {"type": "image", "fingerprint": "19f47ea3a6b0"}
 
 

@@ -405,7 +405,7 @@ def test_two_controllers_at_once_end_with_one_state(lab: Lab) -> None:
         except BaseException as exc:
             errors.append(exc)
 
-    threads = [threading.Thread(target=go) for _ in range(2)]
+    threads = [threading.Thread(target=go) for _unused in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

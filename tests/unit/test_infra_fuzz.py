@@ -117,7 +117,7 @@ def _spots(value: Any) -> list[tuple[Any, Any]]:
 def test_mutations_of_valid_documents(seed: Any, chance: int, times: int, value: Any) -> None:
     document = copy.deepcopy(seed)
     dice = random.Random(chance)  # noqa: S311
-    for _ in range(times):
+    for _unused in range(times):
         spots = _spots(document)
         if not spots:
             break
@@ -138,7 +138,7 @@ def test_mutations_of_valid_documents(seed: Any, chance: int, times: int, value:
 @given(st.sampled_from(sorted(p.name for p in DATA.glob("*.yml"))), st.data())
 def test_mutations_of_valid_text(name: str, data: st.DataObject) -> None:
     raw = bytearray((DATA / name).read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
+    for _unused in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, len(raw) - 1))
         if data.draw(st.booleans()):
             raw[at] = data.draw(st.integers(0, 255))

@@ -464,7 +464,9 @@ def test_no_toolchain_and_no_crossing(go: Any, monkeypatch: pytest.MonkeyPatch, 
 def test_two_at_once_build_once(go: Any, tmp_path: Path) -> None:
     request = go(compile="sleep 1")
     results: list[Any] = []
-    threads = [threading.Thread(target=lambda: results.append(from_go(request, silent))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: results.append(from_go(request, silent))) for _unused in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

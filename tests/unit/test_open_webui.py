@@ -246,7 +246,7 @@ def arguments(server: FakeWebui, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_the_module_changes_once_and_then_nothing(server: FakeWebui, arguments: dict[str, Any]) -> None:
-    would, _ = run_module("open_webui_config", arguments, check=True)
+    would, _unused = run_module("open_webui_config", arguments, check=True)
     assert would["changed"]
     assert server.settings["audio.stt.engine"] == ""
     assert not Path(arguments["token_file"]).exists()
@@ -257,24 +257,24 @@ def test_the_module_changes_once_and_then_nothing(server: FakeWebui, arguments: 
     assert "private" not in printed
     assert Path(arguments["token_file"]).stat().st_mode & 0o777 == 0o600
     sign_ins = server.calls.count("POST /api/v1/auths/signin")
-    second, _ = run_module("open_webui_config", arguments)
+    second, _unused = run_module("open_webui_config", arguments)
     assert not second["changed"]
     assert server.calls.count("POST /api/v1/auths/signin") == sign_ins
 
 
 def test_the_module_before_anything_is_installed(tmp_path: Path, arguments: dict[str, Any]) -> None:
     arguments = {**arguments, "credentials_file": str(tmp_path / "missing.json"), "url": "http://127.0.0.1:9"}
-    would, _ = run_module("open_webui_config", arguments, check=True)
+    would, _unused = run_module("open_webui_config", arguments, check=True)
     assert would["changed"]
     assert "audio.stt.openai.api_base_url" in would["settings_changed"]
-    failed, _ = run_module("open_webui_config", arguments)
+    failed, _unused = run_module("open_webui_config", arguments)
     assert failed["failed"]
     assert "missing" in failed["msg"]
 
 
 def test_the_module_leaves_alone_what_is_not_named(server: FakeWebui, arguments: dict[str, Any]) -> None:
     only = {key: arguments[key] for key in ("url", "credentials_file", "token_file")}
-    done, _ = run_module("open_webui_config", {**only, "settings": {"ui.enable_signup": False}})
+    done, _unused = run_module("open_webui_config", {**only, "settings": {"ui.enable_signup": False}})
     assert not done["changed"]
 
 
@@ -286,7 +286,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
         "path": str(tmp_path / "etc/admin.json"),
         "environment_file": str(tmp_path / "etc/secrets.env"),
     }
-    would, _ = run_module("open_webui_credentials", arguments, check=True)
+    would, _unused = run_module("open_webui_credentials", arguments, check=True)
     assert would["changed"]
     assert not (tmp_path / "etc").exists()
     first, printed = run_module("open_webui_credentials", arguments)
@@ -301,7 +301,7 @@ def test_secrets_are_made_once(tmp_path: Path) -> None:
     for name in arguments.values():
         assert Path(name).stat().st_mode & 0o777 == 0o600
     before = [Path(name).read_bytes() for name in arguments.values()]
-    second, _ = run_module("open_webui_credentials", arguments)
+    second, _unused = run_module("open_webui_credentials", arguments)
     assert not second["changed"]
     assert not second["key_made"]
     assert [Path(name).read_bytes() for name in arguments.values()] == before
@@ -311,7 +311,7 @@ def test_open_permissions_are_closed_again(tmp_path: Path) -> None:
     arguments = {"path": str(tmp_path / "admin.json"), "environment_file": str(tmp_path / "secrets.env")}
     run_module("open_webui_credentials", arguments)
     Path(arguments["path"]).chmod(0o644)
-    again, _ = run_module("open_webui_credentials", arguments)
+    again, _unused = run_module("open_webui_credentials", arguments)
     assert again["changed"]
     assert Path(arguments["path"]).stat().st_mode & 0o777 == 0o600
 

@@ -152,7 +152,7 @@ def test_unknown_model(fake: Fake) -> None:
 
 def test_a_failed_load_is_an_error_on_the_next_run_too(fake: Fake) -> None:
     fake.broken.add(MODEL)
-    for _ in range(2):
+    for _unused in range(2):
         with pytest.raises(ApiError, match=r"loading .* gave HTTP 500"):
             run(fake, "loaded")
 

@@ -33,13 +33,13 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_caches_and_environments_do_not_count(source: Path) -> None:
-    assert [name for name, _ in _stt_tree.walk(source)] == [
+    assert [name for name, _unused in _stt_tree.walk(source)] == [
         "README.md",
         "src/pkg/a.py",
         "src/run.sh",
         "tests/t.py",
     ]
-    assert [name for name, _ in _stt_tree.walk(source, ["src"])] == ["src/pkg/a.py", "src/run.sh"]
+    assert [name for name, _unused in _stt_tree.walk(source, ["src"])] == ["src/pkg/a.py", "src/run.sh"]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class FakeUv:
 
 def converge(made: uv.Settings, runner: FakeUv) -> uv.Plan:
     inputs, lock = uv.read_inputs(made)
-    plan, _ = uv.look(made.path, inputs.digest(), made.python)
+    plan, _unused = uv.look(made.path, inputs.digest(), made.python)
     if plan.changed:
         uv.apply(made, plan, uv.Record(inputs.digest(), uv.locked_packages(lock)), runner)
     return plan
@@ -243,7 +243,7 @@ def test_a_connection_lost_after_long_downloads_is_tried_again(tmp_path: Path) -
     runner = FakeUv(tmp_path / "venv", [("sync", NO_ROUTE)] * 2)
     ticks = iter(range(0, 10_000, 60))
     inputs, lock = uv.read_inputs(made)
-    plan, _ = uv.look(made.path, inputs.digest(), made.python)
+    plan, _unused = uv.look(made.path, inputs.digest(), made.python)
     record = uv.Record(inputs.digest(), uv.locked_packages(lock))
     uv.apply(made, plan, record, runner, clock=lambda: float(next(ticks)))
     assert sum("sync" in command for command in runner.commands) == 3
