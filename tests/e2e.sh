@@ -31,7 +31,7 @@ if ! reason=$($bin/python tests/support/incusd.py probe); then
   exit 0
 fi
 if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then
-  apt-get install --yes --quiet --no-install-recommends chromium chromium-driver >/dev/null ||
+  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null ||
     skipped+=("tests/e2e/test_browser.py: Chromium could not be installed")
 fi
 
