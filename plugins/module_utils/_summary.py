@@ -15,14 +15,14 @@ _FACTS = ("engine", "version", "model", "quantization", "device")
 _WAYS = {"sottovoce_heard_stt": "the speech-to-text server", "sottovoce_heard": "Open WebUI"}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces between them, no trailing blanks."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines with columns padded to their widest cell, two spaces between them, no trailing blanks."""
     lines = [list(header), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
+    return [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
-    )
+    ]
 
 
 def pick_vars(
@@ -159,7 +159,9 @@ def _model(details: Mapping[str, Any]) -> str:
     return str(details["version"]) if details.get("version") else "-"
 
 
-def status_table(instances: Sequence[Mapping[str, Any]], machines: Mapping[str, Mapping[str, Any]]) -> str:
+def status_table(
+    instances: Sequence[Mapping[str, Any]], machines: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """
     One line per machine and service.
 

@@ -115,7 +115,7 @@ def test_status_table_has_a_line_per_service_and_per_silent_machine() -> None:
             }
         }
     }
-    lines = _summary.status_table(instances, machines).splitlines()
+    lines = _summary.status_table(instances, machines)
     assert lines[0].split() == [
         "MACHINE",
         "STATE",
