@@ -145,7 +145,7 @@ def test_first_apply_gives_speaches_with_its_model(server: Server) -> None:
     assert "speaches, 0.9.0-rc.3, whisper-demo, int8, cpu" in server.first.output
     assert inside("systemctl", "is-active", "speaches").strip() == "active"
     loaded = urllib.request.urlopen(f"{server.url}/api/ps", timeout=10).read()
-    assert json.loads(loaded)["models"][0].startswith("local/model-")
+    assert json.loads(loaded)["models"][0].startswith("local/whisper-demo-")
 
 
 @pytest.mark.parametrize("name", ["whisper-1", str(ROOT / "demo/whisper-demo")])
