@@ -42,6 +42,17 @@ USER_AGENT = "sottovoce.stack"
 Body = t.Union[Mapping[str, t.Any], list[t.Any], bytes, None]
 
 
+# The options of the doc fragment sottovoce.stack.incus, for the argument_spec of modules.
+CONNECTION_SPEC: dict[str, dict[str, t.Any]] = {
+    "socket": {"type": "path"},
+    "remote_url": {"type": "str"},
+    "client_cert": {"type": "path"},
+    "client_key": {"type": "path", "no_log": False},
+    "server_cert": {"type": "str"},
+    "timeout": {"type": "int", "default": 30},
+}
+
+
 class IncusError(Exception):
     """Base of everything that can go wrong with the daemon; str() is the whole message for a user."""
 

@@ -31,16 +31,6 @@ if TYPE_CHECKING:
 
 IMAGE_SERVER = "https://images.linuxcontainers.org"
 
-# The options of the doc fragment sottovoce.stack.incus.
-CONNECTION_SPEC: dict[str, dict[str, Any]] = {
-    "socket": {"type": "path"},
-    "remote_url": {"type": "str"},
-    "client_cert": {"type": "path"},
-    "client_key": {"type": "path", "no_log": False},
-    "server_cert": {"type": "str"},
-    "timeout": {"type": "int", "default": 30},
-}
-
 
 class InfraError(Exception):
     """A refusal or a failure; `result` holds what is known of it for the task's result."""
@@ -399,4 +389,4 @@ def _instance_info(project: str, name: str, i: Mapping[str, Any]) -> dict[str, A
     return entry
 
 
-__all__ = ["CONNECTION_SPEC", "MARK", "InfraError", "Options", "Settings", "info", "reconcile"]
+__all__ = ["MARK", "InfraError", "Options", "Settings", "info", "reconcile"]

@@ -79,6 +79,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _apt_sources as apt
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_host as host
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusError,
@@ -89,13 +90,8 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
+            **CONNECTION_SPEC,
             "assume_started": {"type": "bool", "default": False},
-            "socket": {"type": "path"},
-            "remote_url": {"type": "str"},
-            "client_cert": {"type": "path"},
-            "client_key": {"type": "path"},
-            "server_cert": {"type": "str"},
-            "timeout": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
     )

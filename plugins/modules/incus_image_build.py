@@ -151,6 +151,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _image_build as image_build
 from ansible_collections.sottovoce.stack.plugins.module_utils._apt_sources import image_sources, read_sources
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusError,
@@ -173,6 +174,7 @@ def architecture() -> str:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
+            **CONNECTION_SPEC,
             "alias": {"type": "str", "default": "sottovoce/debian/12"},
             "distribution": {"type": "str", "default": "debian"},
             "release": {"type": "str", "default": "bookworm"},
@@ -185,12 +187,6 @@ def main() -> None:
             "force": {"type": "bool", "default": False},
             "cache_path": {"type": "path", "default": ""},
             "build_timeout": {"type": "int", "default": 900},
-            "socket": {"type": "path"},
-            "remote_url": {"type": "str"},
-            "client_cert": {"type": "path"},
-            "client_key": {"type": "path"},
-            "server_cert": {"type": "str"},
-            "timeout": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
     )

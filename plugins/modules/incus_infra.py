@@ -205,6 +205,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_infra as infra
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_lock as lock
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusError,
@@ -214,7 +215,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            **infra.CONNECTION_SPEC,
+            **CONNECTION_SPEC,
             "desired": {"type": "dict", "required": True},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "prune": {"type": "bool", "default": False},

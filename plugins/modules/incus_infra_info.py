@@ -96,6 +96,7 @@ requests:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_infra as infra
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusError,
@@ -105,7 +106,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            **infra.CONNECTION_SPEC,
+            **CONNECTION_SPEC,
             "desired": {"type": "dict"},
             "state": {"type": "bool", "default": False},
             "gpus": {"type": "bool", "default": True},

@@ -91,6 +91,7 @@ import os
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_pool as pools
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
+    CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusConflict,
@@ -101,18 +102,13 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
+            **CONNECTION_SPEC,
             "name": {"type": "str", "default": "default"},
             "driver": {"type": "str", "default": "auto", "choices": ["auto", "btrfs", "dir", "lvm", "zfs"]},
             "size": {"type": "str", "default": ""},
             "source": {"type": "str", "default": ""},
             "config": {"type": "dict", "default": {}},
             "description": {"type": "str", "default": ""},
-            "socket": {"type": "path"},
-            "remote_url": {"type": "str"},
-            "client_cert": {"type": "path"},
-            "client_key": {"type": "path"},
-            "server_cert": {"type": "str"},
-            "timeout": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
     )
