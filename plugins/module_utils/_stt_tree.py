@@ -164,13 +164,6 @@ def prune(dest: Path, keep: int) -> list[str]:
     return [str(path) for path in removed]
 
 
-def archive_digest(archive: Path) -> str:
-    """Return the digest of what is inside of an archive."""
-    with tempfile.TemporaryDirectory() as folder:
-        unpack(archive, Path(folder))
-        return digest(Path(folder))
-
-
 def normal_archive(source: Path, include: Iterable[str], scratch: Path) -> Path:
     """Return an archive with the wanted files of a folder or archive."""
     target = scratch / "source.tar"
