@@ -606,7 +606,10 @@ def host_lines(facts: HostFacts) -> list[str]:
             f"container tools: {facts.tools or 'none'}, LXC hook: {facts.hook or 'none'},"
             f" nvidia-uvm made by: {facts.uvm_by or 'nothing before Incus'}"
         )
-    lines.append(f"Incus: {facts.incus.version if facts.incus else 'no answer'}")
+    incus = facts.incus.version if facts.incus else "no answer"
+    if facts.incus and facts.incus.clustered:
+        incus += ", a member of a cluster; the others are not looked at from here"
+    lines.append(f"Incus: {incus}")
     return lines
 
 

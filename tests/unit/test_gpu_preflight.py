@@ -94,6 +94,7 @@ def test_no_card_on_a_member_of_a_cluster_stops_nothing(tmp_path: Path) -> None:
     assert [f.severity for f in found] == ["warning"]
     assert "other members" in found[0].why
     assert preflight.blocking(found, facts, wanted) == []
+    assert "the others are not looked at" in preflight.host_lines(facts)[-1]
 
 
 def test_nouveau(host: Host) -> None:
@@ -298,6 +299,22 @@ def test_the_files_of_the_role_are_what_the_preflight_looks_for(host: Host) -> N
     assert "uvm-unit" in look(host)
     host.link("etc/rc2.d/S01nvidia-uvm", "../init.d/nvidia-uvm")
     assert "uvm-unit" not in look(host)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not there")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    unit = (ROOT / "roles/gpu_host/files/nvidia-uvm.service").read_text()
+    path = tmp_path / "nvidia-uvm.service"
+    path.write_text(unit.replace("/usr/local/sbin/nvidia-uvm-nodes", "/bin/true"))
+    answer = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert "nvidia-uvm.service" not in answer.stderr
+    assert answer.returncode == 0, answer.stderr
 
 
 def can_unshare() -> bool:
