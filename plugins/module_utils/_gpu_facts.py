@@ -134,6 +134,13 @@ def run_command(argv: Sequence[str]) -> str:
     return answer.stdout if answer.returncode == 0 else ""
 
 
+def root_at_hand(run: Run = run_command, uid: int | None = None) -> bool:
+    """Is this root, or does sudo make it so without asking for a password?"""
+    if (os.geteuid() if uid is None else uid) == 0:
+        return True
+    return run(["sudo", "-n", "id", "-u"]).strip() == "0"
+
+
 def _read(root: str, path: str) -> str:
     try:
         with open(os.path.join(root, path), encoding="utf-8", errors="replace") as handle:

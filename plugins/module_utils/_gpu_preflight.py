@@ -139,6 +139,8 @@ def findings(facts: HostFacts, wanted: Wanted = Wanted()) -> list[Finding]:
         found += _processes(facts, wanted)
         if wanted.vms:
             found += _iommu(facts, wanted)
+    if not wanted.anybody:
+        found = [dataclasses.replace(f, severity=WARNING) if f.severity == ERROR else f for f in found]
     return sorted(found, key=lambda finding: _ORDER.index(finding.severity))
 
 
@@ -196,7 +198,7 @@ def _bindings(facts: HostFacts, wanted: Wanted) -> Iterator[Finding]:
         spare = any(_healthy(c) for c in facts.of(card.vendor)) and card.pci not in wanted.pcis
         severity = WARNING if spare else ERROR
         if card.driver == "vfio-pci":
-            if wanted.vms or (not wanted.anybody and not spare):
+            if wanted.vms or not wanted.anybody:
                 continue  # as a virtual machine has it
             native = _DRIVERS[card.vendor][0]
             yield Finding(

@@ -103,6 +103,11 @@ mendable:
   returned: success
   type: list
   elements: str
+root_at_hand:
+  description:
+    - Whether there is something to mend and root to do it with, without a password being asked for.
+  returned: success
+  type: bool
 blocking:
   description: Errors that the machines cannot do with, one line each, without those that gpu_host mends.
   returned: success
@@ -174,6 +179,7 @@ def main() -> None:
         "root": "",
         "findings": [],
         "mendable": [],
+        "root_at_hand": False,
         "blocking": [],
         "blocking_all": [],
         "notes": [],
@@ -193,6 +199,7 @@ def main() -> None:
     wanted = preflight.wanted_by(params["machines"])
     found = preflight.findings(facts, wanted)
     stops = preflight.blocking(found, facts, wanted)
+    mendable = [finding.id for finding in found if finding.mends]
     listed = [dataclasses.asdict(finding) for finding in found]
     result.update(
         looked=True,
@@ -210,7 +217,8 @@ def main() -> None:
         init=facts.init,
         root=root,
         findings=listed,
-        mendable=[finding.id for finding in found if finding.mends],
+        mendable=mendable,
+        root_at_hand=bool(mendable) and gpu_facts.root_at_hand(),
         blocking=[finding.line() for finding in stops if not finding.mends],
         blocking_all=[finding.line() for finding in stops],
         notes=preflight.notes(listed, wanted.known and not wanted.required),

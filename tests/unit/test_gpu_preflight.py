@@ -635,6 +635,19 @@ def test_errors_stop_only_where_somebody_needs_the_card(host: Host) -> None:
     assert stops([]) == 0
 
 
+def test_nothing_is_an_error_where_no_machine_wants_a_card(host: Host) -> None:
+    host.card(driver="nouveau")
+    assert look(host, [])["nouveau"].severity == "warning"
+    host.card(driver="vfio-pci")
+    assert "vfio" not in look(host, [])
+
+
+def test_root_at_hand() -> None:
+    assert gpu_facts.root_at_hand(answers(), uid=0)
+    assert gpu_facts.root_at_hand(answers(sudo="0\n"), uid=1000)
+    assert not gpu_facts.root_at_hand(answers(), uid=1000)
+
+
 def test_notes_leave_out_what_is_only_good_to_know() -> None:
     def finding(name: str, severity: str) -> dict[str, str]:
         return {"id": name, "severity": severity, "what": "W", "why": "y", "remedy": "R.", "mends": ""}
