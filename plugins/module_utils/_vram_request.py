@@ -97,7 +97,7 @@ def ask(variables: Mapping[str, Any]) -> Asked:
             compute_type=str(stt["stt_server_quantization"]),
             english=str(stt["stt_server_language"]) == "en",
         )
-        fields["model"] = _speech(str(stt["stt_server_model"]), unknown)
+        fields["model"] = speech_name(str(stt["stt_server_model"]), unknown)
     # `ollama_x` is the same as `ollama_server_x`, and wins.
     ollama = {
         key: variables.get(key.replace("_server_", "_"), variables.get(key, default))
@@ -123,7 +123,7 @@ def ask(variables: Mapping[str, Any]) -> Asked:
     return Asked(mix, card, tuple(unknown))
 
 
-def _speech(model: str, unknown: list[str]) -> str:
+def speech_name(model: str, unknown: list[str]) -> str:
     """The name in the planner's table; nothing (and why) for a folder or a model of somebody else."""
     if model == vram.AUTO:
         return model
