@@ -324,7 +324,7 @@ def test_a_gpu_is_given_kept_and_taken_back(server: FakeServer) -> None:
     server.cards = []
     gone = run(server, desired(machine("one", gpu={"optional": True})))
     assert gone["resources"][-1]["changes"].keys() == {
-        f"devices.gpu0.{k}" for k in ("gputype", "pci", "type")
+        f"devices.gpu0.{k}" for k in ("gputype", "mode", "pci", "type")
     }
     assert any("runs without a GPU" in n for n in gone["notes"])
 
