@@ -174,12 +174,19 @@ def test_a_project_without_a_gpu_forbids_gpus_and_nothing_else(lab: Lab, tmp_pat
         lab.patch(path, {"devices": {"g": {"type": "gpu"}}}, project=lab.project)
 
 
+def by_hand_set(lab: Lab, key: str, value: str) -> None:
+    """As `incus project set` does: in Incus 6.0 a PATCH of a project replaces its whole configuration."""
+    path = f"/1.0/projects/{lab.project}"
+    now = lab.client.get(path).metadata
+    lab.client.run("PUT", path, body={**now, "config": {**now["config"], key: value}})
+
+
 def test_a_restriction_by_hand_wins(lab: Lab) -> None:
     lab.run(lab.desired())
-    lab.patch(f"/1.0/projects/{lab.project}", {"config": {"restricted.devices.usb": "block"}})
+    by_hand_set(lab, "restricted.devices.usb", "block")
     again = lab.run(lab.desired())
     assert actions(again, "project")[lab.project] == "updated", "a key of ours is set back"
-    lab.patch(f"/1.0/projects/{lab.project}", {"config": {"restricted.idmap.uid": "1000"}})
+    by_hand_set(lab, "restricted.idmap.uid", "1000")
     by_hand = lab.run(lab.desired())
     found = lab.client.get(f"/1.0/projects/{lab.project}").metadata["config"]
     assert actions(by_hand, "project")[lab.project] == "updated"
