@@ -521,10 +521,8 @@ class Applier:
     # removal
 
     def _delete(self, client: IncusClient, step: Step) -> None:
-        try:
-            self._remove(client, step)
-        finally:
-            self._unlease(client, step)
+        self._remove(client, step)
+        self._unlease(client, step)
 
     def _remove(self, client: IncusClient, step: Step) -> None:
         try:
