@@ -271,6 +271,17 @@ def settle(
     return chosen, list(dict.fromkeys(notes)), list(dict.fromkeys(refusals))
 
 
+def cards_of(infra: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
+    """Return the NVIDIA cards of a machine from a result of incus_infra; nothing where it names none."""
+    return [
+        dict(card)
+        for instance in infra.get("instances") or []
+        if instance.get("name") == host
+        for card in instance.get("cards") or []
+        if card.get("vendor", "nvidia") == "nvidia"
+    ]
+
+
 def table() -> list[str]:
     """Return the table as lines of Markdown."""
     lines = [

@@ -188,3 +188,16 @@ def test_settings_are_not_changed() -> None:
     settings: dict[str, Any] = {"quantization": "auto", "ctranslate2": ""}
     gpu.settle(settings, [card("8.6")])
     assert settings == {"quantization": "auto", "ctranslate2": ""}
+
+
+def test_the_cards_of_a_machine() -> None:
+    mine = {"pci": "0000:01:00.0", "vendor": "nvidia", "capability": "8.6"}
+    infra = {
+        "instances": [
+            {"name": "other", "cards": [{"capability": "7.5"}]},
+            {"name": "mine", "cards": [mine, {"vendor": "amd", "capability": ""}]},
+            {"name": "none"},
+        ]
+    }
+    assert gpu.cards_of(infra, "mine") == [mine]
+    assert gpu.cards_of(infra, "none") == gpu.cards_of(infra, "gone") == gpu.cards_of({}, "mine") == []
