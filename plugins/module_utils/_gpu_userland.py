@@ -268,7 +268,8 @@ def host_files(
     """
     Return the files of the host's own userland of this driver: name to path.
 
-    cached: what `ldconfig -p` prints; program: path of nvidia-smi; extra: further folders. UserlandError names what is missing.
+    cached: what `ldconfig -p` prints; program: path of nvidia-smi; extra: further folders.
+    UserlandError names what is missing.
     """
     if machine not in MACHINES:
         raise UserlandError(f"there is no NVIDIA userland for {machine}")
