@@ -36,6 +36,11 @@ def pick_vars(
     return picked
 
 
+def _roles(variables: Mapping[str, Any]) -> list[str]:
+    """Roles that may have left a summary: gpu_userland runs without being listed, where there is a GPU."""
+    return ["gpu_userland", *(variables.get("instance_roles") or [])]
+
+
 def summary_vars(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The variables of each host that apply_summary looks at."""
     fixed = ["instance_ip", "instance_roles", *_WAYS]
@@ -43,7 +48,7 @@ def summary_vars(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str,
         host: pick_vars(
             [host],
             hostvars,
-            [*fixed, *(f"{role}_summary" for role in hostvars[host].get("instance_roles") or [])],
+            [*fixed, *(f"{role}_summary" for role in _roles(hostvars[host]))],
         )[host]
         for host in hosts
     }
@@ -118,7 +123,7 @@ def apply_summary(
     for name in sorted(machines):
         variables = machines[name]
         lines.append(f"{name} ({variables.get('instance_ip') or 'no address'})")
-        for role in variables.get("instance_roles") or []:
+        for role in _roles(variables):
             facts = variables.get(f"{role}_summary")
             if not isinstance(facts, Mapping):
                 continue
