@@ -282,7 +282,8 @@ class Nvml:
         )
         device.pci = pci_address(pci.domain, pci.bus, pci.device)
         device.capability = self._optional(self._capability, handle) or ""
-        self._memory(handle, device)
+        self._mig(handle, device)
+        self._memory_of_card(handle, device)
         device.temperature_c = self._optional(
             self._number, c_uint, ("nvmlDeviceGetTemperature",), handle, c_uint(0)
         )
@@ -295,13 +296,22 @@ class Nvml:
         device.clock_reasons = None if mask is None else reason_names(mask)
         device.ecc_corrected = self._optional(self._ecc, handle, 0)
         device.ecc_uncorrected = self._optional(self._ecc, handle, 1)
-        device.processes = self._optional(self._processes, handle)
-        self._mig(handle, device)
+        device.processes = self._optional(self._processes, handle) or device.processes
 
     def _capability(self, handle: c_void_p) -> str:
         major, minor = c_int(), c_int()
         self._call(("nvmlDeviceGetCudaComputeCapability",), handle, byref(major), byref(minor))
         return f"{major.value}.{minor.value}"
+
+    def _memory_of_card(self, handle: c_void_p, device: Device) -> None:
+        try:
+            self._memory(handle, device)
+        except NvmlError as error:
+            # Who has a slice only may not be told of the whole card.
+            if error.code not in _OPTIONAL or not device.mig:
+                raise
+            for key in ("total_mib", "used_mib", "free_mib", "reserved_mib"):
+                setattr(device, key, sum(getattr(mig, key) for mig in device.mig))
 
     def _memory(self, handle: c_void_p, into: Device | MigDevice) -> None:
         second = _MemoryV2(version=ctypes.sizeof(_MemoryV2) | 2 << 24)
@@ -384,6 +394,10 @@ class Nvml:
             except NvmlError as error:
                 mig.error = str(error)
             device.mig.append(mig)
+            # For those who may not list the processes of the whole card.
+            listed = self._optional(self._processes, child)
+            if listed is not None:
+                device.processes = [*(device.processes or ()), *listed]
 
 
 def open_nvml(path: str | None = None) -> Nvml:
