@@ -105,10 +105,9 @@ def unit_of_cgroup(text: str) -> str:
     for line in text.splitlines():
         number, _colon, rest = line.partition(":")
         controllers, _colon, path = rest.partition(":")
-        if number == "0" or controllers == "name=systemd":
+        # With both versions of cgroups mounted, systemd may keep to its own hierarchy of the first.
+        if path not in ("", "/") and (number == "0" or controllers == "name=systemd"):
             chosen = path
-            if number == "0" and path not in ("", "/"):
-                break
     container, unit = "", ""
     for part in chosen.split("/"):
         if part.startswith("lxc.payload."):
@@ -569,7 +568,7 @@ def _about_units(
             yield Finding(
                 "drift",
                 WARN,
-                f"{name} uses {used} MiB, {drift:g} % over the {unit['plan_peak_mib']} MiB of its planned peak",
+                f"{name} uses {used} MiB, {drift:g} % over its planned peak of {unit['plan_peak_mib']} MiB",
                 f"more than max_drift_percent, {limits.max_drift_percent:g} %",
                 f"see what it has loaded; systemctl restart {name} brings it back to the plan",
             )
