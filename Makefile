@@ -9,7 +9,7 @@ PLAYBOOK := $(BIN)/ansible-playbook -i $(INVENTORY)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apply check status verify destroy test lint unit sanity e2e bench lock build clean
+.PHONY: help setup apply check status health verify destroy test lint unit sanity e2e bench lock build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: setup ## Show what apply would change
 
 status: setup ## Show machines, services, models and free memory
 	$(PLAYBOOK) playbooks/status.yml $(ARGS)
+
+health: setup ## Show who uses the VRAM of each machine; fails where it is not as it should be
+	$(PLAYBOOK) playbooks/health.yml $(ARGS)
 
 verify: setup ## Ask every service for its health and say the sentence again
 	$(PLAYBOOK) playbooks/verify.yml $(ARGS)

@@ -81,17 +81,6 @@ def parse_meminfo(text: str) -> dict[str, int]:
     return {"total_mib": values.get("MemTotal", 0), "available_mib": values.get("MemAvailable", 0)}
 
 
-def parse_nvidia_smi(text: str) -> list[dict[str, Any]]:
-    """Cards out of `nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits`."""
-    cards = []
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
-            total, used = int(parts[1]), int(parts[2])
-            cards.append({"name": parts[0], "total_mib": total, "used_mib": used, "free_mib": total - used})
-    return cards
-
-
 def fetch_json(url: str, timeout: float) -> tuple[int | None, Any, str]:
     """GET url and return (status, decoded JSON or None, error text); never raises for what a server does."""
     try:

@@ -19,6 +19,8 @@ RANK = {OK: 0, WARN: 1, FAIL: 2}
 THROTTLED = ("hw_slowdown", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake")
 # Of used memory that no visible process accounts for, what a driver keeps for itself on an idle card.
 IDLE_MIB = 64
+# Part of a card that the driver reserves at most; counted as used by old drivers, nvidia-smi and amdgpu.
+RESERVED = 0.025
 # A second copy of a model is at least this part of what the unit needs at rest (its weights and its CUDA
 # context, of which there is one however many copies there are).
 SECOND_COPY = 0.6
@@ -221,7 +223,8 @@ def attribute(facts: Facts, models: Sequence[Mapping[str, Any]]) -> tuple[list[d
             units[name]["pids"].append(process.pid)
             explained.setdefault(device.index, set()).add(name)
             seen += process.used_mib
-        if device.used_mib - seen > IDLE_MIB:
+        idle = IDLE_MIB if device.reserved_mib else IDLE_MIB + int(RESERVED * device.total_mib)
+        if device.used_mib - seen > idle:
             left[device.index] = device.used_mib - seen
     for index, amount in left.items():
         candidates = sorted(set(owner.values()) - explained.get(index, set()))

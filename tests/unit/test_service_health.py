@@ -41,13 +41,6 @@ def test_memory_mib_knows_the_values_that_mean_not_accounted() -> None:
     assert health.memory_mib(None) is None
 
 
-def test_parse_nvidia_smi_skips_what_is_no_card() -> None:
-    text = "NVIDIA H100, 81559, 1200\nNo devices were found\nX, [N/A], 3\n"
-    assert health.parse_nvidia_smi(text) == [
-        {"name": "NVIDIA H100", "total_mib": 81559, "used_mib": 1200, "free_mib": 80359}
-    ]
-
-
 def describe(
     shown: dict[str, str], answers: dict[str, tuple[int | None, Any, str]], details: str = ""
 ) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_health as vram
+from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_text as vram_text
 from ansible_collections.sottovoce.stack.plugins.module_utils._nvml import Device, MigDevice, Process
 from hypothesis import given
 from hypothesis import strategies as st
@@ -316,6 +317,9 @@ def test_vram_of_somebody_else_is_nobodys_here() -> None:
 
 
 def test_what_an_idle_driver_uses_is_not_asked_about() -> None:
+    # Where the driver does not tell what it reserves, that is part of used.
+    assert judge(facts(card(664, total=24000, reserved=0, processes=[]), units=BOTH))["notes"] == []
+    assert judge(facts(card(665, total=24000, reserved=0, processes=[]), units=BOTH))["notes"] != []
     assert judge(facts(card(vram.IDLE_MIB, processes=[]), units=BOTH, holders=HOLDERS))["notes"] == []
     assert judge(facts(card(vram.IDLE_MIB + 1, processes=[]), units=BOTH, holders=HOLDERS))["notes"] != []
 
@@ -433,3 +437,46 @@ def test_a_stricter_threshold_never_finds_less(used: int, minimum: int, percent:
     mild = judge(given_, min_free_mib=minimum, max_used_percent=float(percent))
     strict = judge(given_, min_free_mib=minimum + 1, max_used_percent=percent - 1.0)
     assert set(ids(mild)) <= set(ids(strict))
+
+
+# As text
+
+
+def machine() -> dict[str, Any]:
+    device = card(8950, processes=listed((10, 6000), (20, 2900)), temperature_c=41)
+    given_ = facts(device, units=BOTH, holders=HOLDERS, driver="570.86.15", cuda="12.8")
+    given_.details = {"ollama": ("u", ollama(6 * GIB, 3 * GIB), ""), "speaches": ("u", {"models": ["m"]}, "")}
+    result = judge(given_, {"ollama": (4000, 5000), "speaches": (3000, 3500)})
+    return {"sottovoce_vram": result}
+
+
+def test_the_report_says_everything_once() -> None:
+    lines = vram_text.vram_report(
+        {"gpu": machine(), "down": {"sottovoce_vram": {"unreachable": True, "msg": "x"}}}
+    )
+    assert lines[0] == "down: not known: x"
+    assert lines[1] == "gpu: fail (nvml, driver 570.86.15, CUDA 12.8)"
+    assert lines[2] == "  GPU 0 A5000: 8950 of 24564 MiB used, 15163 free, 451 reserved, 41 °C"
+    assert lines[3].split() == ["UNIT", "STATE", "VRAM", "PLAN", "KNOWN", "BY"]
+    assert " ".join(lines[4].split()) == "ollama active 6000 MiB 4000 to 5000 MiB (+20 %) processes"
+    assert " ".join(lines[5].split()) == "speaches active 2900 MiB 3000 to 3500 MiB (-3.3 %) processes"
+    assert lines[6:8] == ["  ollama: llama3.1:8b: 3072 of 6144 MiB in VRAM (50 %)", "  speaches: m"]
+    assert lines[8].startswith("  fail: ollama: of llama3.1:8b only 3072 of 6144 MiB")
+    assert lines[9].startswith("  warn: ollama uses 6000 MiB, 20 % over its planned peak of 5000 MiB")
+    assert len(lines) == 10
+
+
+def test_the_report_without_cards() -> None:
+    assert vram_text.vram_report({}) == ["No machine has a GPU."]
+    assert vram_text.vram_report({"a": {"sottovoce_vram": judge(vram.Facts())}}) == ["a: ok (no card)"]
+
+
+@pytest.mark.parametrize(("fail_on", "expected"), [("never", 0), ("fail", 1), ("warn", 2)])
+def test_problems_are_those_that_were_asked_for(fail_on: str, expected: int) -> None:
+    assert len(vram_text.vram_problems({"gpu": machine()}, fail_on)) == expected
+
+
+def test_a_machine_that_cannot_be_asked_is_a_problem() -> None:
+    silent = {"a": {"sottovoce_vram": {"unreachable": True, "msg": "it is stopped"}}, "b": {}}
+    assert vram_text.vram_problems(silent) == ["a: it is stopped"]
+    assert vram_text.vram_problems(silent, "never") == []
