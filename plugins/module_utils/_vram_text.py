@@ -51,7 +51,7 @@ def vram_report(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]
         lines.append(f"{name}: {found['status']} ({', '.join(versions) if found['gpus'] else 'no card'})")
         lines += [f"  {gpu_line(gpu)}" for gpu in found["gpus"]]
-        for gpu in found["gpus"]:
+        for gpu in (gpu for gpu in found["gpus"] if not gpu["error"]):
             lines += [
                 f"    MIG {m['uuid']}: {m['used_mib']} of {m['total_mib']} MiB used" for m in gpu["mig"]
             ]
