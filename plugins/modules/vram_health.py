@@ -43,8 +43,9 @@ options:
   xid_max_age:
     description:
       - Xid errors of the driver count for so many seconds. Those after which a card needs a reset are a
-        C(fail), the others a C(warn). They stand in the kernel's log, which a container may not be allowed to
-    read. type: int
+        C(fail), the others a C(warn). They stand in the kernel's log, which a container may not be allowed
+        to read.
+    type: int
     default: 86400
   require_gpu:
     description: Whether a machine without any card is a C(fail).
@@ -134,7 +135,8 @@ findings:
         - One of C(driver-mismatch), C(gpu-unreadable), C(no-gpu), C(gpu-lost), C(mig-unreadable),
           C(low-free), C(high-use), C(temperature), C(throttling), C(ecc-corrected), C(ecc-uncorrected),
           C(xid), C(partial-offload), C(stt-on-cpu), C(two-copies), C(drift), C(unit-missing),
-    C(unit-unexpected). severity: {type: str, description: C(warn) or C(fail).}
+          C(unit-unexpected).
+    severity: {type: str, description: C(warn) or C(fail).}
     what: {type: str, description: 'What is wrong, and where.'}
     why: {type: str, description: The threshold or the cause.}
     remedy: {type: str, description: What to do.}

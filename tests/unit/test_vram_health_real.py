@@ -241,6 +241,38 @@ def test_the_kernel_log_of_a_container(machine: Machine) -> None:
     assert any("kernel log" in note for note in result["notes"]) is not readable
 
 
+def test_the_exporter_writes_what_the_module_finds(machine: Machine) -> None:
+    pid = machine.pids("ollama")[1]
+    cards = standin.card(0, f"process {pid} 6000 compute", memory="24564 451 6010")
+    machine.put("/opt/cards.txt", (standin.DRIVER + cards).encode())
+    machine.lab.sh("mkdir -p /etc/systemd/system/vram-exporter.service.d")
+    settings = "SOTTOVOCE_NVML=/opt/libnvidia-ml.so.1 SOTTOVOCE_NVML_STANDIN=/opt/cards.txt"
+    machine.put(
+        "/etc/systemd/system/vram-exporter.service.d/standin.conf",
+        f"[Service]\nEnvironment={settings}\n".encode(),
+    )
+    role = {"ansible.builtin.import_role": {"name": "sottovoce.stack.vram_exporter"}}
+    plan = {"vram_exporter_plan": {"ollama": 5000}, "vram_exporter_interval": 2}
+    before = machine.lab.play([{**role, "check_mode": True}], **plan)
+    assert before.returncode == 0, before.stdout
+    assert machine.lab.sh("ls /opt") == "cards.txt\ndaemon.py\nlibnvidia-ml.so.1"
+    first, second = machine.lab.play([role], **plan), machine.lab.play([role], **plan)
+    assert first.returncode == 0, first.stdout
+    assert "changed=0 " in second.stdout, second.stdout
+    target = "/var/lib/prometheus/node-exporter/sottovoce_vram.prom"
+    machine.lab.sh(f"n=0; until [ -s {target} ]; do n=$((n+1)); [ $n -lt 100 ]; sleep 0.2; done")
+    text = machine.lab.sh(f"cat {target}")
+    assert f'sottovoce_vram_used_bytes{{gpu="0",unit="ollama"}} {6000 << 20}' in text
+    assert 'sottovoce_vram_plan_drift_ratio{unit="ollama"} 0.2' in text
+    assert 'sottovoce_vram_offload_ratio{unit="ollama",model="llama3.1:8b"} 1.0' in text
+    stopped = machine.lab.play([role], vram_exporter_enabled=False)
+    assert stopped.returncode == 0, stopped.stdout
+    assert machine.lab.sh(f"systemctl is-active vram-exporter.timer || ls {target} 2>&1").startswith(
+        "inactive"
+    )
+    machine.lab.sh(f"test ! -e {target}")
+
+
 def test_nvidias_own_binding_runs_against_the_stand_in(library: Path, tmp_path: Path) -> None:
     uv = str(Path(sys.executable).parent / "uv")
     target = tmp_path / "packages"
