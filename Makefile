@@ -9,7 +9,7 @@ PLAYBOOK := $(BIN)/ansible-playbook -i $(INVENTORY)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apply check plan status doctor verify destroy test lint unit sanity e2e bench lock build clean
+.PHONY: help setup apply check plan status health doctor verify destroy test lint unit sanity e2e bench lock build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ status: setup ## Show machines, services, models and free memory
 
 doctor: setup ## Show what keeps this host's GPU from its machines, and what mends it
 	$(PLAYBOOK) playbooks/doctor.yml $(ARGS)
+
+health: setup ## Show who uses the VRAM of each machine; fails where it is not as it should be
+	$(PLAYBOOK) playbooks/health.yml $(ARGS)
 
 verify: setup ## Ask every service for its health and say the sentence again
 	$(PLAYBOOK) playbooks/verify.yml $(ARGS)

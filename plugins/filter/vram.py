@@ -45,7 +45,7 @@ def vram_plans(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, d
     return found
 
 
-def vram_refusals(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def vram_plan_refusals(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The message of an apply that is not to be: host, table, what would fit. Empty if all is well."""
     return [
         line
@@ -55,7 +55,7 @@ def vram_refusals(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def vram_notes(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def vram_plan_notes(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was not planned, or not wholly, one line for each machine."""
     notes = []
     for host, plan in plans.items():
@@ -70,7 +70,7 @@ def vram_notes(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def vram_report(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def vram_plan_report(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """All plans as text."""
     lines: list[str] = []
     for host, plan in plans.items():
@@ -84,8 +84,8 @@ class FilterModule:
     def filters(self) -> Mapping[str, Callable[..., Any]]:
         return {
             "vram_plans": vram_plans,
-            "vram_refusals": vram_refusals,
-            "vram_notes": vram_notes,
-            "vram_report": vram_report,
+            "vram_plan_refusals": vram_plan_refusals,
+            "vram_plan_notes": vram_plan_notes,
+            "vram_plan_report": vram_plan_report,
             "vram_chart": lambda plans, title: _vram_chart.chart(title, plans),
         }

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import socket
 import struct
+import subprocess
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
@@ -45,6 +48,12 @@ class Snapshot:
     pools: list[str] | None = None
     aliases: list[Obj] | None = None
     resources: Obj | None = None
+    # Of each member of a cluster by its name; of a lone server under the empty name.
+    member_resources: dict[str, Obj] = dataclasses.field(default_factory=dict)
+    members: list[Obj] = dataclasses.field(default_factory=list)
+    # The output of `nvidia-smi -L`, where it can be had, and whether LXC's hook for NVIDIA is there.
+    slices: str | None = None
+    nvidia_hook: bool = True
     routes: list[Route] = dataclasses.field(default_factory=list)
 
     def feature(self, project: str, feature: str, declared: Mapping[str, Obj] | None = None) -> str:
@@ -126,8 +135,49 @@ def read_aliases(client: IncusClient, snapshot: Snapshot) -> None:
     snapshot.aliases = list(client.get("/1.0/images/aliases", query={"recursion": 1}).metadata or [])
 
 
-def read_resources(client: IncusClient, snapshot: Snapshot) -> None:
-    snapshot.resources = client.get("/1.0/resources").metadata or {}
+def read_resources(client: IncusClient, snapshot: Snapshot, parallel: int = 8) -> None:
+    """The hardware: of a lone server, or of each member of a cluster that is online, side by side."""
+    if not (snapshot.server.get("environment") or {}).get("server_clustered"):
+        snapshot.resources = client.get("/1.0/resources").metadata or {}
+        snapshot.member_resources = {"": snapshot.resources or {}}
+        return
+    snapshot.members = client.get("/1.0/cluster/members", query={"recursion": 1}).metadata or []
+    online = [str(m["server_name"]) for m in snapshot.members if m.get("status") == "Online"]
+
+    def ask(member: str) -> Obj:
+        with contextlib.closing(client.clone()) as twin:
+            found: Obj = twin.get("/1.0/resources", query={"target": member}).metadata or {}
+            return found
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(parallel) as pool:
+        snapshot.member_resources = dict(zip(online, pool.map(ask, online), strict=True))
+    client.requests += len(online)
+    cards = [c for r in snapshot.member_resources.values() for c in (r.get("gpu") or {}).get("cards") or []]
+    snapshot.resources = {"gpu": {"cards": cards}}
+
+
+def nvidia_hook(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether LXC's hook that nvidia.runtime needs is on this host, where Incus looks for it."""
+    return os.path.exists(os.path.join(environ.get("INCUS_LXC_HOOK") or "/usr/share/lxc/hooks", "nvidia"))
+
+
+def nvidia_slices(timeout: float = 15.0) -> str | None:
+    """What `nvidia-smi -L` of this host prints; None if it cannot be had."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=timeout, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def location_of(instance: Mapping[str, Any]) -> str:
+    """The member an instance is on; empty on a lone server."""
+    location = str(instance.get("location") or "")
+    return "" if location == "none" else location
 
 
 def read_routes(client: IncusClient, snapshot: Snapshot, limit: int = 32) -> None:

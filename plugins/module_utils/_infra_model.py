@@ -106,7 +106,7 @@ def notes_of(infra: Infra) -> list[str]:
     if dead:
         notes.append(f"network policies that refer to a disabled domain: {_shown(dead)}")
     users = [m.name for d, m in machines_of(infra, enabled_only=True) if has_gpu(d, m)]
-    if len(users) > 1:
+    if len(users) > 1 and infra.gpu_policy == "shared":
         notes.append(
             f"gpu_policy is shared: {_shown(users)} use the GPU together, without a limit of VRAM for each"
         )

@@ -17,7 +17,9 @@ from typing import Any
 ENGINES = ("speaches", "builtin")
 UNITS = {"speaches": "speaches", "builtin": "voicegate"}
 DEVICES = ("auto", "cpu", "cuda")
+# `auto` is the best that card or CPU can do.
 QUANTIZATIONS = (
+    "auto",
     "float16",
     "int8_float16",
     "int8",
@@ -30,6 +32,10 @@ QUANTIZATIONS = (
 # CTranslate2 silently computes these as float32 on a CPU: slower and four times the memory of int8.
 ONLY_ON_GPU = ("float16", "int8_float16", "bfloat16", "int8_bfloat16")
 DEFAULT_MODEL = "large-v3-turbo"
+# CTranslate2 in the lock file of the Speaches with this digest, the one that the role pins. The builtin
+# engine's is in gateway/requirements.lock.
+SPEACHES_DIGEST = "861b0a8cc3e63c1e1961dbba7772bc65de47c33bfe732ae8a420ad95e64b777b"
+SPEACHES_CTRANSLATE2 = "4.5.0"
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,8 @@ def check_quantization(quantization: str) -> str:
 
 def effective_quantization(quantization: str, device: str) -> tuple[str, str]:
     """Return the compute type for the device, and a note where it is not what was asked for."""
+    if device == "cpu" and quantization == "auto":
+        return "int8", ""
     if device == "cpu" and quantization in ONLY_ON_GPU:
         return "int8", f"{quantization} needs a GPU; on this CPU the model runs as int8"
     return quantization, ""

@@ -56,6 +56,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -119,6 +120,23 @@ def running(unit: str) -> bool:
     )
 
 
+def cards() -> list[dict[str, str]]:
+    """Return name, capability and driver of the cards that nvidia-smi sees; nothing where it is not there."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return []
+    query = ["--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        # An unknown card refuses nothing; gpu_userland says what is wrong with the driver.
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines()]
+    return [{"name": row[0], "capability": row[1], "driver": row[2]} for row in rows if len(row) == 3]
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -140,6 +158,7 @@ def main() -> None:
         unreachable=Probe(module.params["patience"]),
         has_python=has_python,
         running=[unit for unit in _stt.UNITS.values() if running(unit)],
+        cards=cards,
     )
     try:
         plan = _stt_plan.make_plan(request, facts)

@@ -10,9 +10,9 @@ module: vram_plan
 short_description: Say whether a speech model and language models fit on a card
 version_added: 0.1.0
 description:
-  - Adds up what a speech-to-text model and language models take of a card's VRAM, at rest and at peak, and says
-    whether they fit together, fit one at a time, or cannot fit. The formulas and what they are held against
-    are in docs/vram.md of the collection.
+  - Adds up what a speech-to-text model and language models take of a card's VRAM, at rest and at peak, and
+    says whether they fit together, fit one at a time, or cannot fit. The formulas, and what they are held
+    against, are in docs/vram.md of the collection.
   - Nothing is installed, changed or asked over a network, and no card is needed.
 attributes:
   check_mode:
@@ -155,7 +155,7 @@ parts:
   type: list
   elements: dict
   sample:
-    - {name: large-v3-turbo float16, rest_mib: 2021, peak_mib: 3739, error_mib: 374, parts: {}, source: docs/vram.md}
+    - {name: large-v3-turbo float16, rest_mib: 2021, peak_mib: 3739, error_mib: 374, parts: {}, source: …}
 nearest:
   description: The nearest mixes that fit, when this one does not; each with what to change.
   returned: success
@@ -246,7 +246,7 @@ def main() -> None:
         near = [] if found.ok else vram.nearest(found.mix, turns=True)
     except (vram.PlanError, UnknownModel, GgufError, OSError) as error:
         module.fail_json(msg=str(error))
-    result = {
+    result: dict[str, t.Any] = {
         "changed": False,
         "fits": found.ok,
         "verdict": found.verdict,
@@ -261,7 +261,8 @@ def main() -> None:
     if p["required"] and not found.ok:
         ways = "; or ".join(item["change"] for item in result["nearest"]) or "nothing smaller that is known"
         module.fail_json(
-            msg=f"The mix needs {found.need_mib} of {found.mix.card_mib} MiB ({found.verdict}). Would fit: {ways}.",
+            msg=f"The mix needs {found.need_mib} of {found.mix.card_mib} MiB ({found.verdict}). Would"
+            f" fit: {ways}.",
             **result,
         )
     module.exit_json(**result)
