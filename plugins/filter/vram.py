@@ -55,11 +55,14 @@ def vram_plan_refusals(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def vram_plan_notes(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What was not planned, or not wholly, one line for each machine."""
+def vram_plan_notes(
+    plans: Mapping[str, Mapping[str, Any]], infra: Mapping[str, Any] | None = None
+) -> list[str]:
+    """What was not planned, or not wholly, one line for each machine that got a card (by incus_infra)."""
     notes = []
+    without = {i["name"] for i in (infra or {}).get("instances") or [] if not i.get("cards")}
     for host, plan in plans.items():
-        if plan["status"] != "unknown":
+        if plan["status"] != "unknown" or host in without:
             continue
         if not plan["card_mib"]:
             notes.append(f"{host}: {plan['lines'][0]}")
@@ -78,6 +81,20 @@ def vram_plan_report(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines or ["No machine has a GPU (gpu: true in infra.yml), so there is nothing to plan."]
 
 
+def vram_plan_fit_target(plans: Mapping[str, Mapping[str, Any]]) -> int:
+    """MiB that Ollama is to leave free by the one plan in there; 0 if there is none that counts all."""
+    fitting = [plan for plan in plans.values() if plan["status"] == "fits"]
+    return max((int(plan["settings"]["fit_target_mib"]) for plan in fitting), default=0)
+
+
+def vram_plan_units(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """What each systemd unit takes by the one plan in there, as module vram_health is given it (MiB)."""
+    for plan in plans.values():
+        if plan["status"] == "fits":
+            return dict(plan["units"])
+    return {}
+
+
 class FilterModule:
     """Filters of sottovoce.stack for the VRAM plan."""
 
@@ -87,5 +104,7 @@ class FilterModule:
             "vram_plan_refusals": vram_plan_refusals,
             "vram_plan_notes": vram_plan_notes,
             "vram_plan_report": vram_plan_report,
+            "vram_plan_fit_target": vram_plan_fit_target,
+            "vram_plan_units": vram_plan_units,
             "vram_chart": lambda plans, title: _vram_chart.chart(title, plans),
         }

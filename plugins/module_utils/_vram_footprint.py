@@ -115,7 +115,8 @@ def _mib(megabytes: float) -> int:
 
 def windows(seconds: float, engine: str) -> int:
     """How many windows of 30 seconds an engine works on at once for a recording of this length."""
-    return max(1, min(ENGINE_BATCH.get(engine, MOST_BATCH), math.ceil(seconds / 30)))
+    most = ENGINE_BATCH.get(engine, MOST_BATCH)
+    return most if seconds >= 30 * most else max(1, math.ceil(seconds / 30))
 
 
 def stt(model: str, compute_type: str, batch: int = 1) -> Footprint:

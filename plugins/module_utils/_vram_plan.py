@@ -97,7 +97,7 @@ class Fit:
         """
         if self.speech is None:
             return FREE_MIB
-        most = FREE_MIB + self.speech.peak
+        most = FREE_MIB + self.speech.high
         if not self.llms or self.mix.policy != "resident":
             return most if self.mix.policy == "resident" else FREE_MIB + self.speech.unloaded
         least = FREE_MIB + self.speech.peak - self.speech.rest

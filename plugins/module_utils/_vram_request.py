@@ -174,6 +174,7 @@ def plan(variables: Mapping[str, Any]) -> dict[str, Any]:
         "card_mib": asked.card,
         "verdict": "",
         "parts": [],
+        "units": {},
         "settings": {},
         "nearest": [],
         "unknown": list(asked.unknown),
@@ -195,6 +196,7 @@ def plan(variables: Mapping[str, Any]) -> dict[str, Any]:
         driver_mib=vram.DRIVER_MIB,
         need_mib=found.need_mib,
         parts=[as_part(part) for part in found.parts],
+        units=units_of(found),
         settings={
             "stt_server_model": found.mix.model,
             "stt_server_quantization": found.mix.compute_type if found.mix.model else "",
@@ -221,6 +223,20 @@ def as_part(part: Footprint) -> dict[str, Any]:
         "parts": dict(part.parts),
         "source": part.source,
     }
+
+
+def units_of(found: vram.Fit) -> dict[str, dict[str, int]]:
+    """What each systemd unit takes, MiB at rest and at peak."""
+    units = {}
+    if found.speech:
+        unit = _stt.UNITS[found.mix.engine]
+        units[unit] = {"rest_mib": found.speech.rest, "peak_mib": found.speech.peak}
+    if found.llms:
+        units["ollama"] = {
+            "rest_mib": sum(part.rest for part in found.llms),
+            "peak_mib": sum(part.peak for part in found.llms),
+        }
+    return units
 
 
 def in_words(changes: Mapping[str, Any]) -> str:
