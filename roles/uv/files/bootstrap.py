@@ -28,7 +28,9 @@ def pip_command() -> list[str]:
         # Debian keeps it in a package of its own.
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(["apt-get", "-qq", *arguments], env=environment, stdout=sys.stderr, check=True, timeout=300)
+            subprocess.run(
+                ["apt-get", "-qq", *arguments], env=environment, stdout=sys.stderr, check=True, timeout=300
+            )
         import ensurepip
     folders = [
         getattr(ensurepip, "_WHEEL_PKG_DIR", None),
