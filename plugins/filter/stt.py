@@ -76,6 +76,9 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
         choice = _stt.resolve_model(str(settings["model"]), base)
     except _stt.SttError:
         choice = _stt.Choice(asked=str(settings["model"]), name="")  # already among the problems
+    if request.get("tts_model"):
+        # The built-in engine does not speak, and Open WebUI is told beforehand that somebody does.
+        request["engine_fallback"] = ""
     request["model"] = asdict(choice)
     request["model_digest"] = _model_digest(choice.path, problems, "stt_server_model")
     fallback = _expand(str(settings.get("fallback_model") or ""), base)

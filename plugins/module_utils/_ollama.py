@@ -225,8 +225,6 @@ def plan(
         "own_models_dir": own_models_dir,
         "read_write_paths": [settings["models_dir"]] if own_models_dir else [],
         "release": name,
-        # Something runs that is not what is (or is about to be) installed.
-        "stale": bool(release.get("install") or release.get("running", name) not in ("", name)),
         "serves": bool(name) and bool(settings["enabled"]),
         "model": settings["default_model"],
         "infers": not name.endswith("-go") or bool(settings["llama_server"]),

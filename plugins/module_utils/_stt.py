@@ -240,6 +240,16 @@ def problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
         found.append(
             f"stt_server_fallback_model: '{fallback}' must be a folder on the controller (starting with /)."
         )
+    tts_model = value("tts_model", "")
+    if tts_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", tts_model):
+        found.append(
+            f"stt_server_tts_model: '{tts_model}' is no id on the hub (speaches-ai/Kokoro-82M-v1.0-ONNX)."
+        )
+    if tts_model and value("engine", "speaches") != "speaches":
+        found.append(
+            "stt_server_tts_model: only the engine speaches speaks; set stt_server_engine: speaches, "
+            "or stt_server_tts_model to nothing."
+        )
     language = value("language", "")
     if language and language not in LANGUAGES:
         hint = "" if _LANGUAGE.match(language) else " Write the two letters, such as en, de or fr."

@@ -129,6 +129,7 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
             raise _stt.SttError(
                 f"{engine}: {error}. Give stt_server_speaches_source (folder or archive on the controller), "
                 "or set stt_server_engine: builtin, or allow it with stt_server_engine_fallback: builtin."
+                + (" Only speaches has stt_server_tts_model." if request.get("tts_model") else "")
             ) from error
         skipped.append({"what": engine, "why": f"{error}; the engine {fallback} is used instead"})
         engine = fallback

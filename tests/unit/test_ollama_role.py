@@ -178,7 +178,7 @@ def test_problems_are_told_all_at_once() -> None:
 
 
 def test_plan_on_a_cpu() -> None:
-    plan = _ollama.plan(settings(), {"release": "0.34.4", "running": "0.34.4"}, MACHINE)
+    plan = _ollama.plan(settings(), {"release": "0.34.4"}, MACHINE)
     assert plan["environment"] == {
         "HOME": "/var/lib/ollama",
         "OLLAMA_HOST": "0.0.0.0:11434",
@@ -192,21 +192,19 @@ def test_plan_on_a_cpu() -> None:
     }
     assert plan["url"] == "http://10.120.0.1:11434"
     assert plan["pull"] == ["nomic-embed-text"]
-    assert (plan["gpu"], plan["stale"], plan["infers"], plan["serves"]) == (False, False, True, True)
+    assert (plan["gpu"], plan["infers"], plan["serves"]) == (False, True, True)
 
 
 def test_plan_on_a_shared_gpu_with_a_volume_for_models() -> None:
     machine = MACHINE | {"roles": ["ollama_server", "stt_server"]}
     changes = {"models_dir": "/srv/models", "flash_attention": "enabled", "cloud": True}
     changed = settings(**changes, environment={"OLLAMA_KEEP_ALIVE": -1})
-    plan = _ollama.plan(changed, {"release": "0.34.4-go", "running": "0.34.3", "gpu": True}, machine)
+    plan = _ollama.plan(changed, {"release": "0.34.4-go", "gpu": True}, machine)
     assert plan["environment"]["LLAMA_ARG_FIT_TARGET"] == "5137"
     assert plan["environment"]["OLLAMA_FLASH_ATTENTION"] == "1"
     assert plan["environment"]["OLLAMA_KEEP_ALIVE"] == "-1"
     assert "OLLAMA_NO_CLOUD" not in plan["environment"]
     assert plan["read_write_paths"] == ["/srv/models"]
-    # What runs is not what is installed: an earlier run ended between the two.
-    assert plan["stale"]
     assert not plan["infers"]
     helped = settings(llama_server="/usr/bin/llama-server")
     assert _ollama.plan(helped, {"release": "0.34.4-go"}, machine)["infers"]

@@ -202,6 +202,13 @@ def test_request_reads_the_controller(tmp_path: Path) -> None:
     assert request["ctranslate2"]["builtin"].startswith("4.")
 
 
+def test_nothing_falls_back_to_an_engine_that_cannot_speak(tmp_path: Path) -> None:
+    asked = settings(engine="speaches", engine_fallback="builtin")
+    assert stt_request(asked, str(ROOT / "gateway"), str(tmp_path))["engine_fallback"] == "builtin"
+    asked["tts_model"] = "speaches-ai/Kokoro-82M-v1.0-ONNX"
+    assert stt_request(asked, str(ROOT / "gateway"), str(tmp_path))["engine_fallback"] == ""
+
+
 def test_request_names_what_is_wrong_on_the_controller(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     request = stt_request(
