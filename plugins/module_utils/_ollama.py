@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_footprint as footprint
 
 DEFAULT_PORT = 11434
@@ -187,6 +187,9 @@ def plan(
 ) -> dict[str, Any]:
     """What the role decides from its settings, what is installed or found, and facts about the machine."""
     gpu = settings["gpu"] == "enabled" or (settings["gpu"] == "auto" and bool(release.get("gpu")))
+    judged = [_gpu_capability.ollama_device(str(card["capability"])) for card in machine.get("cards") or []]
+    too_old = gpu and settings["gpu"] == "auto" and bool(judged) and all(why for _device, why in judged)
+    gpu = gpu and not too_old
     target = fit_target_mib(
         int(settings["fit_target_mib"]),
         gpu,
@@ -219,6 +222,7 @@ def plan(
     return {
         "environment": environment,
         "gpu": gpu,
+        "notes": [judged[0][1]] if too_old else [],
         "fit_target_mib": target,
         "local_url": server_url(settings["host"]),
         "url": server_url(settings["host"], str(machine.get("address") or "")),
@@ -244,6 +248,7 @@ def summary(plan: Mapping[str, Any], pulled: Mapping[str, Any]) -> dict[str, Any
     if plan["model"]:
         facts["model"] = plan["model"]
     facts["notes"] += [f"{item['what']} was not used: {item['why']}" for item in plan["skipped_sources"]]
+    facts["notes"] += plan["notes"]
     if not plan["infers"]:
         facts["notes"].append(
             "Ollama was built from its Go module: it serves its API, but inference needs llama-server, "

@@ -195,6 +195,24 @@ def test_plan_on_a_cpu() -> None:
     assert (plan["gpu"], plan["infers"], plan["serves"]) == (False, True, True)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "gpu", "asked"),
+    [
+        (["3.5"], False, "auto"),
+        (["3.5", "8.6"], True, "auto"),
+        ([""], True, "auto"),
+        (["3.5"], True, "enabled"),
+    ],
+)
+def test_cards_that_ollama_cannot_use_leave_it_on_the_cpu(
+    capabilities: list[str], gpu: bool, asked: str
+) -> None:
+    machine = MACHINE | {"cards": [{"capability": capability} for capability in capabilities]}
+    plan = _ollama.plan(settings(gpu=asked), {"release": "0.34.4", "gpu": True}, machine)
+    assert plan["gpu"] is gpu
+    assert any("needs 5.0" in note for note in _ollama.summary(plan, {})["notes"]) is not gpu
+
+
 def test_plan_on_a_shared_gpu_with_a_volume_for_models() -> None:
     machine = MACHINE | {"roles": ["ollama_server", "stt_server"]}
     changes = {"models_dir": "/srv/models", "flash_attention": "enabled", "cloud": True}

@@ -31,7 +31,7 @@ KV = st.sampled_from(sorted(footprint.KV_BYTES))
 
 
 @st.composite
-def mixes(draw: st.DrawFn, **fixed: Any) -> vram.Mix:
+def mixes(draw: st.DrawFn, /, **fixed: Any) -> vram.Mix:
     values: dict[str, Any] = {
         "card_mib": draw(CARDS),
         "engine": draw(st.sampled_from(["speaches", "builtin"])),
