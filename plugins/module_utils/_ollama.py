@@ -22,6 +22,7 @@ from typing import Any
 
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_footprint as footprint
+from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import NoAnswer, within
 
 DEFAULT_PORT = 11434
 STATE = "/var/lib/ollama"
@@ -547,20 +548,11 @@ def is_network_error(message: str) -> bool:
 
 def can_connect(host: str, port: int, timeout: float) -> str:
     """Empty if a connection is possible, else why not; the name lookup is inside the time limit too."""
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            socket.create_connection((host, port), timeout=timeout).close()
-            found.put("")
-        except OSError as error:
-            found.put(str(error))
-
-    threading.Thread(target=attempt, daemon=True).start()
     try:
-        return found.get(timeout=timeout)
-    except queue.Empty:
-        return f"no answer for {timeout:g} s"
+        within(timeout, lambda: socket.create_connection((host, port), timeout=timeout).close())
+    except (OSError, NoAnswer) as error:
+        return str(error)
+    return ""
 
 
 def file_sha256(path: str) -> str:
