@@ -71,6 +71,12 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
     if not isinstance(settings, Mapping):
         raise AnsibleFilterError("stt_request takes a mapping of settings")
     request: dict[str, Any] = dict(settings)
+    planned = request.pop("planned", None) or {}
+    if request["model"] == _stt.AUTO:
+        request["model"] = planned.get("model", _stt.DEFAULT_MODEL)
+    if request["quantization"] == _stt.AUTO and planned:
+        request["quantization"] = planned["quantization"]
+    settings = request.copy()
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
     try:
         choice = _stt.resolve_model(str(settings["model"]), base)

@@ -8,7 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_chart, _vram_request
+from ansible_collections.sottovoce.stack.plugins.module_utils import (
+    _gpu_capability,
+    _summary,
+    _vram_chart,
+    _vram_request,
+)
 from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint import UnknownModel
 from ansible_collections.sottovoce.stack.plugins.module_utils._vram_plan import PlanError
 
@@ -24,16 +29,23 @@ _READ = (
 
 
 def vram_plans(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The plan of each host that has a GPU; what makes no sense is a refused plan that says so."""
+    """
+    The plan of each host that has a GPU; what makes no sense is a refused plan that says so. Where
+    incus_infra ran, its result tells the card, and a machine that got none (gpu: {optional: true}) has no
+    plan.
+    """
     found: dict[str, dict[str, Any]] = {}
+    infra = hostvars.get("localhost", {}).get("sottovoce_infra") or {}
     for host in hosts:
         variables = hostvars[host]
-        if not variables.get("instance_gpu"):
+        if not _summary.has_card(str(host), infra, bool(variables.get("instance_gpu"))):
             continue
         # One at a time: looking at all of them would template every variable of the host.
         picked = {name: variables[name] for name in _READ if name in variables}
+        capabilities = [card["capability"] for card in _gpu_capability.cards_of(infra, str(host))]
+        capabilities = [str(variables.get("stt_server_gpu_capability") or ""), *capabilities]
         try:
-            found[str(host)] = _vram_request.plan(picked)
+            found[str(host)] = _vram_request.plan(picked, [c for c in capabilities if c][:1])
         except (PlanError, UnknownModel) as error:
             found[str(host)] = {
                 "status": "refused",
@@ -55,14 +67,11 @@ def vram_plan_refusals(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def vram_plan_notes(
-    plans: Mapping[str, Mapping[str, Any]], infra: Mapping[str, Any] | None = None
-) -> list[str]:
-    """What was not planned, or not wholly, one line for each machine that got a card (by incus_infra)."""
+def vram_plan_notes(plans: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was not planned, or not wholly, one line for each machine."""
     notes = []
-    without = {i["name"] for i in (infra or {}).get("instances") or [] if not i.get("cards")}
     for host, plan in plans.items():
-        if plan["status"] != "unknown" or host in without:
+        if plan["status"] != "unknown":
             continue
         if not plan["card_mib"]:
             notes.append(f"{host}: {plan['lines'][0]}")
@@ -87,6 +96,18 @@ def vram_plan_fit_target(plans: Mapping[str, Mapping[str, Any]]) -> int:
     return max((int(plan["settings"]["fit_target_mib"]) for plan in fitting), default=0)
 
 
+def vram_plan_speech(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What `auto` of stt_server means by the one plan in there: {model, quantization}; empty without one."""
+    for plan in plans.values():
+        if plan["status"] == "fits" and plan["settings"]["stt_server_model"]:
+            settings = plan["settings"]
+            return {
+                "model": settings["stt_server_model"],
+                "quantization": settings["stt_server_quantization"],
+            }
+    return {}
+
+
 def vram_plan_units(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """What each systemd unit takes by the one plan in there, as module vram_health is given it (MiB)."""
     for plan in plans.values():
@@ -106,5 +127,6 @@ class FilterModule:
             "vram_plan_report": vram_plan_report,
             "vram_plan_fit_target": vram_plan_fit_target,
             "vram_plan_units": vram_plan_units,
+            "vram_plan_speech": vram_plan_speech,
             "vram_chart": lambda plans, title: _vram_chart.chart(title, plans),
         }

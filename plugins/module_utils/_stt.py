@@ -32,6 +32,7 @@ QUANTIZATIONS = (
 # CTranslate2 silently computes these as float32 on a CPU: slower and four times the memory of int8.
 ONLY_ON_GPU = ("float16", "int8_float16", "bfloat16", "int8_bfloat16")
 DEFAULT_MODEL = "large-v3-turbo"
+AUTO = "auto"
 # CTranslate2 in the lock file of the Speaches with this digest, the one that the role pins. The builtin
 # engine's is in gateway/requirements.lock.
 SPEACHES_DIGEST = "861b0a8cc3e63c1e1961dbba7772bc65de47c33bfe732ae8a420ad95e64b777b"
@@ -224,7 +225,8 @@ def problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
     def value(name: str, default: str) -> str:
         return str(variables.get(f"stt_server_{name}", default) or "")
 
-    attempt("stt_server_model", lambda: resolve_model(value("model", DEFAULT_MODEL), base))
+    if value("model", DEFAULT_MODEL) != AUTO:
+        attempt("stt_server_model", lambda: resolve_model(value("model", DEFAULT_MODEL), base))
     attempt("stt_server_quantization", lambda: check_quantization(value("quantization", "float16")))
     for name, known, default in (
         ("engine", ENGINES, "speaches"),

@@ -60,7 +60,6 @@ class Mix:
     policy: str = "resident"
     seconds: float = 240.0
     allowed: tuple[str, ...] = ()
-    english: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_plan as vram
 from ansible_collections.sottovoce.stack.plugins.module_utils._gguf import GgufError, read_metadata
 from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import wanted_models
@@ -28,7 +28,6 @@ STT_DEFAULTS: Mapping[str, Any] = {
     "stt_server_model": "large-v3-turbo",
     "stt_server_quantization": "float16",
     "stt_server_device": "auto",
-    "stt_server_language": "",
     "stt_server_enabled": True,
 }
 OLLAMA_DEFAULTS: Mapping[str, Any] = {
@@ -82,10 +81,11 @@ def card_of(variables: Mapping[str, Any]) -> int:
     return vram.card_mib(str(variables["gpu_card"])) if variables.get("gpu_card") else 0
 
 
-def ask(variables: Mapping[str, Any]) -> Asked:
+def ask(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> Asked:
     """
     What a machine's variables ask of its card: what `stt_server` and `ollama_server` are told, in the roles'
-    own names. Raises PlanError, with the variable's name, for what makes no sense.
+    own names. `capabilities` are those of its cards, as far as they are known. Raises PlanError, with the
+    variable's name, for what makes no sense.
     """
     roles = variables.get("instance_roles") or []
     unknown: list[str] = []
@@ -95,8 +95,8 @@ def ask(variables: Mapping[str, Any]) -> Asked:
         fields.update(
             engine=str(stt["stt_server_engine"]),
             compute_type=str(stt["stt_server_quantization"]),
-            english=str(stt["stt_server_language"]) == "en",
         )
+        fields["allowed"] = _allowed(fields["engine"], capabilities)
         fields["model"] = speech_name(str(stt["stt_server_model"]), unknown)
     # `ollama_x` is the same as `ollama_server_x`, and wins.
     ollama = {
@@ -163,12 +163,19 @@ def llm_of_file(name: str, path: str) -> Llm:
     return llm_from_metadata(name, read_metadata(path), os.path.getsize(path))
 
 
-def plan(variables: Mapping[str, Any]) -> dict[str, Any]:
+def _allowed(engine: str, capabilities: Iterable[str]) -> tuple[str, ...]:
+    """The compute types that all of the cards can do with the engine's CTranslate2; empty if nobody knows."""
+    version = _stt.SPEACHES_CTRANSLATE2 if engine == "speaches" else ""
+    each = [_gpu_capability.compute_types(capability, version) for capability in capabilities]
+    return tuple(name for name in each[0] if all(name in types for types in each)) if each else ()
+
+
+def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict[str, Any]:
     """
     The plan of one machine as plain data (sizes in MiB): `status` is fits, refused, or unknown (no size of
     the card, or a model without figures), with `lines` for people. Raises PlanError, and UnknownModel.
     """
-    asked = ask(variables)
+    asked = ask(variables, capabilities)
     result: dict[str, Any] = {
         "status": "unknown",
         "card_mib": asked.card,

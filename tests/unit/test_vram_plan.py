@@ -279,8 +279,28 @@ def test_unknown_sizes_refuse_nothing_and_are_told() -> None:
     assert "gpu_vram_mib" in notes[0]
     assert "strange:1b" in notes[1]
     # A machine that got no card (gpu: {optional: true}) needs no plan.
-    nothing = {"instances": [{"name": "a", "cards": []}, {"name": "b", "cards": []}]}
-    assert filters.vram_plan_notes(plans, nothing) == []
+    nothing = {"instances": [{"name": "a", "gpu": [], "cards": []}, {"name": "b", "gpu": ["x"], "cards": []}]}
+    assert list(filters.vram_plans(["a", "b"], hosts | {"localhost": {"sottovoce_infra": nothing}})) == ["b"]
+
+
+def test_auto_is_what_fits_and_what_the_card_can_do() -> None:
+    auto = {
+        **GPU,
+        "stt_server_model": "auto",
+        "stt_server_quantization": "auto",
+        "ollama_default_model": "qwen3:8b",
+    }
+    for mib, capability, model, kind in (
+        (24576, "8.6", "large-v3", "float16"),
+        (12288, "8.6", "large-v3-turbo", "int8_float16"),
+        (24576, "6.1", "large-v3", "int8"),
+    ):
+        cards = [{"vendor": "nvidia", "capability": capability}]
+        infra = {"instances": [{"name": "a", "gpu": ["x"], "cards": cards}]}
+        hosts = {"a": {**auto, "gpu_vram_mib": mib}, "localhost": {"sottovoce_infra": infra}}
+        plans = filters.vram_plans(["a"], hosts)
+        assert filters.vram_plan_speech(plans) == {"model": model, "quantization": kind}
+    assert filters.vram_plan_speech(filters.vram_plans(["a"], {"a": auto})) == {}
 
 
 @pytest.mark.parametrize(
