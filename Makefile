@@ -9,7 +9,7 @@ PLAYBOOK := $(BIN)/ansible-playbook -i $(INVENTORY)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apply check status verify destroy test lint unit sanity e2e bench lock build clean
+.PHONY: help setup apply check status doctor verify destroy test lint unit sanity e2e bench lock build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ check: setup ## Show what apply would change
 
 status: setup ## Show machines, services, models and free memory
 	$(PLAYBOOK) playbooks/status.yml $(ARGS)
+
+doctor: setup ## Show what keeps this host's GPU from its machines, and what mends it
+	$(PLAYBOOK) playbooks/doctor.yml $(ARGS)
 
 verify: setup ## Ask every service for its health and say the sentence again
 	$(PLAYBOOK) playbooks/verify.yml $(ARGS)

@@ -98,16 +98,19 @@ def apply_summary(
     machines: Mapping[str, Mapping[str, Any]],
     infra: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    host: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """
     Lines that end an apply.
 
     machines: host name to its variables, as summary_vars picks them. Every role leaves what it has to say in
     a fact <role>_summary {url, engine, version, model, quantization, device, skipped [{what, why}], notes};
-    infra: the result of incus_infra when it ran; notes: what the parser of infra.yml has to say.
+    infra: the result of incus_infra when it ran; notes: what the parser of infra.yml has to say; host:
+    gpu_host_summary {notes}, what role gpu_host found on the host and could not mend.
     """
     lines: list[str] = []
     remarks: list[str] = [str(note) for note in notes]
+    remarks += [f"host: {note}" for note in (host or {}).get("notes") or []]
     if infra:
         lines.append(f"Incus: {'; '.join(infra_summary({**infra, 'notes': []}))}")
         remarks += [str(note) for note in infra.get("notes", [])]

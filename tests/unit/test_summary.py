@@ -33,6 +33,13 @@ def test_infra_summary_tells_actions_and_what_was_left_alone() -> None:
     ]
 
 
+def test_apply_summary_tells_what_was_found_on_the_host() -> None:
+    assert _summary.apply_summary({}, None, ["first"], {"notes": ["no uvm [uvm-unit]"]}) == [
+        "note: first",
+        "note: host: no uvm [uvm-unit]",
+    ]
+
+
 def test_apply_summary_names_services_skips_and_the_sentence() -> None:
     machines: dict[str, dict[str, Any]] = {
         "speech": {
