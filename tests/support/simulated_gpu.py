@@ -1,0 +1,255 @@
+"""
+NVIDIA cards that are not there, for a private Incus daemon on a machine without any. For tests only.
+
+The daemon runs in a mount namespace of its own (`enter`) in which /sys/bus/pci/devices and /proc/driver show what lies
+in the control folder, /dev has the driver's nodes, and nvidia-container-cli is a stand-in. Nothing of it is visible
+outside, and it is gone with the daemon's last process. What is real: Incus, LXC and its nvidia hook, the device nodes
+and their permissions. What is not: the driver behind the nodes, so opening one fails with ENXIO.
+
+The control folder (SOTTOVOCE_TEST_GPU_DIR) holds
+
+    state.json   cards, driver version of the kernel's half and of the userland, whether nvidia-uvm is there
+    root/        the same as files of a host: what the daemon is shown, and SOTTOVOCE_HOST_ROOT for the preflight
+    pid          of the daemon
+
+Class Cards changes both, and the nodes in the namespace, while the daemon runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from host_root import Host
+
+DRIVER = "570.86.15"
+CUDA = "12.8"
+# Addresses that no machine here has: a bus of its own for each card.
+ADDRESSES = [f"0000:{bus:02x}:00.0" for bus in range(0x81, 0x90)]
+CLI = Path(__file__).with_name("nvidia_container_cli.py")
+TRIPLET = f"{platform.machine()}-linux-gnu"
+CTL, UVM_MAJOR, MAJOR = 255, 511, 195
+
+
+class Cards:
+    """The control folder of one daemon, and ways to change what that daemon sees."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.host = Host(folder / "root")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        return found
+
+    @property
+    def addresses(self) -> list[str]:
+        return sorted(self.state["cards"])
+
+    # Changes
+
+    def create(self, count: int) -> None:
+        """A sound host with `count` cards. Nothing may be in the folder yet."""
+        # Root of a container, who is nobody here, runs the tools.
+        self.folder.mkdir(mode=0o755)
+        for name in ("sys", "proc", "dev", "empty"):
+            (self.folder / name).mkdir()
+        for path in ("sys/bus/pci/devices", "proc/driver/nvidia/gpus", "dev", "run/systemd/system", "usr/bin"):
+            (self.host.root / path).mkdir(parents=True)
+        for real in Path("/sys/bus/pci/devices").iterdir():
+            with contextlib.suppress(OSError):
+                if not (real / "class").read_text(encoding="ascii").startswith("0x03"):
+                    self.host.link(f"sys/bus/pci/devices/{real.name}", str(real.resolve()))
+        self.host.write("usr/share/lxc/hooks/nvidia")
+        self.host.unit()
+        self._write({"cards": {}, "driver": DRIVER, "library": DRIVER, "cuda": CUDA, "uvm": True, "tools": True})
+        for _each in range(count):
+            self.add()
+
+    def add(self, pci: str = "", name: str = "NVIDIA GeForce RTX 3090", capability: str = "8.6") -> str:
+        """A further card; gives its address."""
+        state = self.state
+        pci = pci or next(address for address in ADDRESSES if address not in state["cards"])
+        minors = {card["minor"] for card in state["cards"].values()}
+        state["cards"][pci] = {
+            "minor": next(number for number in range(16) if number not in minors),
+            "name": name,
+            "brand": name.removeprefix("NVIDIA ").split()[0],
+            # Of a card and not of a test run: it is the same when the card comes back.
+            "uuid": f"GPU-{uuid.uuid5(uuid.NAMESPACE_URL, pci)}",
+            "capability": capability,
+        }
+        self._write(state)
+        return pci
+
+    def remove(self, pci: str) -> None:
+        state = self.state
+        del state["cards"][pci]
+        self._write(state)
+
+    def change(self, pci: str, **values: str) -> None:
+        """name, brand, uuid, capability of a card."""
+        state = self.state
+        state["cards"][pci].update(values)
+        self._write(state)
+
+    def driver(self, version: str, library: str | None = None) -> None:
+        """Version of the loaded kernel module and of the userland library (None: the same)."""
+        self._write({**self.state, "driver": version, "library": version if library is None else library})
+
+    def uvm(self, there: bool) -> None:
+        self._write({**self.state, "uvm": there})
+
+    def tools(self, there: bool) -> None:
+        """nvidia-container-cli."""
+        self._write({**self.state, "tools": there})
+
+    def reset(self, count: int) -> None:
+        """A sound host with the first `count` cards again."""
+        self._write(
+            {**self.state, "cards": {}, "driver": DRIVER, "library": DRIVER, "uvm": True, "tools": True}
+        )
+        for _each in range(count):
+            self.add()
+
+    def _write(self, state: dict[str, Any]) -> None:
+        fresh = self.folder / "state.json.new"
+        fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        fresh.replace(self.folder / "state.json")
+        self._write_host(state)
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.folder / "pid").read_text(encoding="ascii"))
+            self.sync(Path(f"/proc/{pid}/root/dev"))
+
+    def _write_host(self, state: dict[str, Any]) -> None:
+        host = self.host
+        host.write("proc/driver/nvidia/version")
+        host.driver(state["driver"])
+        host.write("sys/bus/pci/drivers/nvidia/module/version", f"{state['driver']}\n")
+        gpus = host.root / "proc/driver/nvidia/gpus"
+        bus = host.root / "sys/bus/pci/devices"
+        shutil.rmtree(gpus)
+        gpus.mkdir()
+        for pci in set(ADDRESSES) - set(state["cards"]):
+            shutil.rmtree(bus / pci, ignore_errors=True)
+        for pci, card in state["cards"].items():
+            host.card(pci=pci)
+            host.write(f"sys/bus/pci/devices/{pci}/numa_node", "-1\n")
+            # Not relative: the folder is seen in two places.
+            host.link(f"sys/bus/pci/devices/{pci}/driver", str(host.root / "sys/bus/pci/drivers/nvidia"))
+            text = f"Model: \t\t {card['name']}\nDevice Minor: \t {card['minor']}\n"
+            host.write(f"proc/driver/nvidia/gpus/{pci}/information", text)
+        libraries = host.root / "usr/lib" / TRIPLET
+        shutil.rmtree(libraries, ignore_errors=True)
+        for name in ("libcuda", "libnvidia-ml"):
+            host.write(f"usr/lib/{TRIPLET}/{name}.so.{state['library']}")
+        shutil.rmtree(host.root / "dev")
+        (host.root / "dev").mkdir()
+        for name in self.nodes(state):
+            host.write(f"dev/{name}")
+        tool = host.root / "usr/bin/nvidia-container-cli"
+        if not state["tools"]:
+            tool.unlink(missing_ok=True)
+        elif not tool.exists():
+            shutil.copyfile(CLI, tool)
+            tool.chmod(0o755)
+
+    @staticmethod
+    def nodes(state: dict[str, Any]) -> dict[str, tuple[int, int]]:
+        """The driver's nodes, with major and minor."""
+        found = {f"nvidia{card['minor']}": (MAJOR, int(card["minor"])) for card in state["cards"].values()}
+        if found:
+            found["nvidiactl"] = (MAJOR, CTL)
+        if found and state["uvm"]:
+            found["nvidia-uvm"], found["nvidia-uvm-tools"] = (UVM_MAJOR, 0), (UVM_MAJOR, 1)
+        return found
+
+    def sync(self, dev: Path) -> None:
+        """Make the nodes in a /dev what the state says. They are open to all, as the driver makes them."""
+        wanted = self.nodes(self.state)
+        for there in dev.glob("nvidia*"):
+            if there.name not in wanted:
+                there.unlink()
+        for name, (major, minor) in wanted.items():
+            if not (dev / name).exists():
+                os.mknod(dev / name, stat.S_IFCHR | 0o666, os.makedev(major, minor))
+                (dev / name).chmod(0o666)
+
+    # The daemon's namespace
+
+    def command(self, argv: list[str]) -> list[str]:
+        """The command that runs argv, under the same process id, where these cards are."""
+        me = [sys.executable, str(Path(__file__).resolve()), str(self.folder)]
+        return ["unshare", "--mount", "--propagation", "private", *me, *argv]
+
+    def path(self, path: str) -> str:
+        return f"{self.host.root}/usr/bin:{path}"
+
+    def enter(self) -> None:
+        """Change this process's mounts. It must be in a mount namespace of its own already."""
+        root, folder = self.host.root, self.folder
+        # A container may mount its own sysfs and proc only where one is seen that nothing is mounted over.
+        _mount("-t", "sysfs", "sysfs", str(folder / "sys"))
+        _mount("-t", "proc", "proc", str(folder / "proc"))
+        _mount("--bind", str(root / "sys/bus/pci/devices"), "/sys/bus/pci/devices")
+        _mount("--bind", str(root / "proc/driver"), "/proc/driver")
+        if Path("/sys/class/drm").is_dir():
+            _mount("--bind", str(folder / "empty"), "/sys/class/drm")
+        # Over the kernel's /dev, so that loop devices that it makes later are there, too.
+        dev = folder / "dev"
+        _mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(dev))
+        for name in ("upper", "work", "merged"):
+            (dev / name).mkdir(mode=0o755)
+        options = f"lowerdir=/dev,upperdir={dev}/upper,workdir={dev}/work"
+        _mount("-t", "overlay", "-o", options, "overlay", str(dev / "merged"))
+        for point in _mounts_below("/dev"):
+            _mount("--rbind", f"/dev/{point}", str(dev / "merged" / point))
+        _mount("--move", str(dev / "merged"), "/dev")
+        self.sync(Path("/dev"))
+        (folder / "pid").write_text(str(os.getpid()), encoding="ascii")
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", "-n", *arguments], check=True)
+
+
+def _mounts_below(folder: str) -> Iterator[str]:
+    """Of what is mounted below, the uppermost, as paths relative to folder."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    seen: list[str] = []
+    for point in sorted({line.split()[4] for line in lines}):
+        if point.startswith(f"{folder}/") and not any(point.startswith(f"{other}/") for other in seen):
+            seen.append(point)
+            yield point.removeprefix(f"{folder}/")
+
+
+def probe() -> str:
+    """Why no card can be simulated here; empty if it can. Tries all of it, for a process that ends at once."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        cards = Cards(Path(folder) / "gpu")
+        cards.create(1)
+        done = subprocess.run(
+            cards.command(["test", "-c", "/dev/nvidia0", "-a", "-d", f"/sys/bus/pci/devices/{ADDRESSES[0]}"]),
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    if not done.returncode:
+        return ""
+    why = [line for line in done.stderr.splitlines() if line.startswith(("mount", "unshare"))]
+    return f"no card can be simulated: {'; '.join(why) or done.stderr.strip() or 'its nodes are not seen'}"
+
+
+if __name__ == "__main__":
+    Cards(Path(sys.argv[1])).enter()
+    os.execvp(sys.argv[2], sys.argv[2:])
