@@ -170,7 +170,6 @@ class Daemon:
         env["PATH"] = f"{Path(daemon).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
         command = [daemon, "--logfile", str(self.log)]
         if self.cards:
-            env["PATH"] = self.cards.path(env["PATH"])
             command = self.cards.command(command)
         with self.log.open("ab") as log:
             process = subprocess.Popen(

@@ -39,6 +39,7 @@ CUDA = "12.8"
 ADDRESSES = [f"0000:{bus:02x}:00.0" for bus in range(0x81, 0x90)]
 CLI = Path(__file__).with_name("nvidia_container_cli.py")
 TRIPLET = f"{platform.machine()}-linux-gnu"
+TOOL = "usr/bin/nvidia-container-cli"
 CTL, UVM_MAJOR, MAJOR = 255, 511, 195
 
 
@@ -64,9 +65,15 @@ class Cards:
         """A sound host with `count` cards. Nothing may be in the folder yet."""
         # Root of a container, who is nobody here, runs the tools.
         self.folder.mkdir(mode=0o755)
-        for name in ("sys", "proc", "dev", "empty"):
+        for name in ("sys", "proc", "empty"):
             (self.folder / name).mkdir()
-        for path in ("sys/bus/pci/devices", "proc/driver/nvidia/gpus", "dev", "run/systemd/system", "usr/bin"):
+        for path in (
+            "sys/bus/pci/devices",
+            "proc/driver/nvidia/gpus",
+            "dev",
+            "run/systemd/system",
+            "usr/bin",
+        ):
             (self.host.root / path).mkdir(parents=True)
         for real in Path("/sys/bus/pci/devices").iterdir():
             with contextlib.suppress(OSError):
@@ -74,7 +81,9 @@ class Cards:
                     self.host.link(f"sys/bus/pci/devices/{real.name}", str(real.resolve()))
         self.host.write("usr/share/lxc/hooks/nvidia")
         self.host.unit()
-        self._write({"cards": {}, "driver": DRIVER, "library": DRIVER, "cuda": CUDA, "uvm": True, "tools": True})
+        self._write(
+            {"cards": {}, "driver": DRIVER, "library": DRIVER, "cuda": CUDA, "uvm": True, "tools": True}
+        )
         for _each in range(count):
             self.add()
 
@@ -131,7 +140,7 @@ class Cards:
         self._write_host(state)
         with contextlib.suppress(OSError, ValueError):
             pid = int((self.folder / "pid").read_text(encoding="ascii"))
-            self.sync(Path(f"/proc/{pid}/root/dev"))
+            self.sync(Path(f"/proc/{pid}/root"))
 
     def _write_host(self, state: dict[str, Any]) -> None:
         host = self.host
@@ -159,10 +168,10 @@ class Cards:
         (host.root / "dev").mkdir()
         for name in self.nodes(state):
             host.write(f"dev/{name}")
-        tool = host.root / "usr/bin/nvidia-container-cli"
+        tool = host.root / TOOL
         if not state["tools"]:
             tool.unlink(missing_ok=True)
-        elif not tool.exists():
+        else:
             shutil.copyfile(CLI, tool)
             tool.chmod(0o755)
 
@@ -176,16 +185,25 @@ class Cards:
             found["nvidia-uvm"], found["nvidia-uvm-tools"] = (UVM_MAJOR, 0), (UVM_MAJOR, 1)
         return found
 
-    def sync(self, dev: Path) -> None:
-        """Make the nodes in a /dev what the state says. They are open to all, as the driver makes them."""
-        wanted = self.nodes(self.state)
+    def sync(self, root: Path) -> None:
+        """Make nodes and tools below the daemon's `/` what the state says."""
+        wanted, dev = self.nodes(self.state), root / "dev"
         for there in dev.glob("nvidia*"):
             if there.name not in wanted:
                 there.unlink()
         for name, (major, minor) in wanted.items():
             if not (dev / name).exists():
-                os.mknod(dev / name, stat.S_IFCHR | 0o666, os.makedev(major, minor))
-                (dev / name).chmod(0o666)
+                os.mknod(dev / name, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+                # Open to all, as the driver makes them.
+                os.chmod(dev / name, 0o666)
+        # LXC's hook does not get the daemon's PATH: the tool must be where every PATH leads.
+        ours, tool = self.host.root / TOOL, root / TOOL
+        if not ours.exists():
+            tool.unlink(missing_ok=True)
+        elif not tool.exists():
+            # A script of one line: what it runs finds its state beside itself.
+            tool.write_text(f'#!/bin/sh\nexec {ours} "$@"\n', encoding="utf-8")
+            tool.chmod(0o755)
 
     # The daemon's namespace
 
@@ -193,9 +211,6 @@ class Cards:
         """The command that runs argv, under the same process id, where these cards are."""
         me = [sys.executable, str(Path(__file__).resolve()), str(self.folder)]
         return ["unshare", "--mount", "--propagation", "private", *me, *argv]
-
-    def path(self, path: str) -> str:
-        return f"{self.host.root}/usr/bin:{path}"
 
     def enter(self) -> None:
         """Change this process's mounts. It must be in a mount namespace of its own already."""
@@ -208,21 +223,27 @@ class Cards:
         if Path("/sys/class/drm").is_dir():
             _mount("--bind", str(folder / "empty"), "/sys/class/drm")
         # Over the kernel's /dev, so that loop devices that it makes later are there, too.
-        dev = folder / "dev"
-        _mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(dev))
-        for name in ("upper", "work", "merged"):
-            (dev / name).mkdir(mode=0o755)
-        options = f"lowerdir=/dev,upperdir={dev}/upper,workdir={dev}/work"
-        _mount("-t", "overlay", "-o", options, "overlay", str(dev / "merged"))
-        for point in _mounts_below("/dev"):
-            _mount("--rbind", f"/dev/{point}", str(dev / "merged" / point))
-        _mount("--move", str(dev / "merged"), "/dev")
-        self.sync(Path("/dev"))
+        for target in ("/dev", "/usr/bin"):
+            _overlay(target, folder / "overlay" / target[1:])
+        self.sync(Path("/"))
         (folder / "pid").write_text(str(os.getpid()), encoding="ascii")
 
 
 def _mount(*arguments: str) -> None:
     subprocess.run(["mount", "-n", *arguments], check=True)
+
+
+def _overlay(target: str, scratch: Path) -> None:
+    """Make a folder writable for this namespace alone, with what is mounted below it."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    _mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", str(scratch))
+    for name in ("upper", "work", "merged"):
+        (scratch / name).mkdir(mode=0o755)
+    options = f"lowerdir={target},upperdir={scratch}/upper,workdir={scratch}/work"
+    _mount("-t", "overlay", "-o", options, "overlay", str(scratch / "merged"))
+    for point in _mounts_below(target):
+        _mount("--rbind", f"{target}/{point}", str(scratch / "merged" / point))
+    _mount("--move", str(scratch / "merged"), target)
 
 
 def _mounts_below(folder: str) -> Iterator[str]:
