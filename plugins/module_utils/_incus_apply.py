@@ -306,7 +306,10 @@ class Applier:
     def _left_behind(self, client: IncusClient, step: Step, rivals: dict[str, gpu.Claim]) -> bool:
         """Whether all these leases are of instances that are gone or no longer have the card."""
         fresh = False
+        given = [claim for s in self.plan.steps for claim in s.gives]
         for key, lease in rivals.items():
+            if any(claim.key == lease.key and claim.meets(lease, lease.part) for claim in given):
+                continue  # two machines of this very run that swap cards
             try:
                 found = client.get(f"/1.0/instances/{quote(lease.name, safe='')}", project=lease.project)
             except IncusNotFound:
@@ -518,10 +521,8 @@ class Applier:
     # removal
 
     def _delete(self, client: IncusClient, step: Step) -> None:
-        try:
-            self._remove(client, step)
-        finally:
-            self._unlease(client, step)
+        self._remove(client, step)
+        self._unlease(client, step)
 
     def _remove(self, client: IncusClient, step: Step) -> None:
         try:

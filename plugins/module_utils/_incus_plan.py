@@ -135,6 +135,8 @@ class Step:
     # Cards it is given now, to be leased first; leases of its own to be given back afterwards.
     leases: list[gpu.Claim] = dataclasses.field(default_factory=list)
     unlease: list[str] = dataclasses.field(default_factory=list)
+    # Cards of its own that another machine gets in this run.
+    gives: list[gpu.Claim] = dataclasses.field(default_factory=list)
     needs: set[Key] = dataclasses.field(default_factory=set)
 
     @property
@@ -632,6 +634,7 @@ class Planner:
                     for other, taker in self.assigned.items():
                         if other != key and any(c.meets(lost, lost.part) for c in taker.claims):
                             givers.setdefault(other, []).append(step)
+                            step.gives.append(lost)
         leaving = {s.key[1:]: s for s in removed if s.kind == "instance" and s.writes}
         for key in leaving:
             for other, taker in self.assigned.items():
