@@ -77,13 +77,10 @@ class Cards:
         self.folder.mkdir(mode=0o755)
         for name in ("sys", "proc", "empty"):
             (self.folder / name).mkdir()
-        for path in (
-            "sys/bus/pci/devices",
-            "proc/driver/nvidia/gpus",
-            "dev",
-            "run/systemd/system",
-            "usr/bin",
-        ):
+        folders = ["sys/bus/pci/devices", "proc/driver/nvidia/gpus", "dev", "run/systemd/system", "usr/bin"]
+        # Where the role gpu_host writes.
+        folders += ["usr/local/sbin", "etc/apt/apt.conf.d"]
+        for path in folders:
             (self.host.root / path).mkdir(parents=True)
         for real in Path("/sys/bus/pci/devices").iterdir():
             with contextlib.suppress(OSError):
