@@ -69,7 +69,6 @@ def test_another_card_is_handed_over_while_the_machine_runs(
     site: Site, cards: Cards, daemon: incusd.Daemon
 ) -> None:
     first, second = cards.addresses[0], cards.add()
-    cards.tools(False)
     daemon.restart()
     site.apply({"speech": {"gpu": {"pci": first}}})
     assert {"nvidia0", "nvidia1"} & set(site.nodes("speech")) == {"nvidia0"}
