@@ -174,10 +174,12 @@ def test_two_processes_that_both_saw_the_card_free(site: Site, other: Site, card
         assert run.stdin
         run.stdin.write("go\n")
         run.stdin.flush()
-    said = {one.letter: run.communicate(timeout=120)[0].split("\n", 1)[0] for one, run in runs.items()}
+    said = {one.letter: run.communicate(timeout=120)[0] for one, run in runs.items()}
     print(said)
-    assert sorted(text.split(" ")[0] for text in said.values()) == ["done", "refused"]
+    assert sorted(text.split()[0] for text in said.values()) == ["done", "refused"]
     winner, loser = (site, other) if said["a"].startswith("done") else (other, site)
+    told = f"card {pci} was given to machine race-{winner.letter} of project {winner.domain} by another run"
+    assert told in said[loser.letter]
     assert leases() == {pci: f"{winner.domain}/race-{winner.letter}"}
     holders = [
         item["name"]
