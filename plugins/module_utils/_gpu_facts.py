@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_gpu import normal_pci
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_host import init_system
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
 
 # Vendors whose cards compute; anything else that drives a screen is board management or emulated.
 VENDORS = {"10de": "NVIDIA", "1002": "AMD", "8086": "Intel"}
@@ -220,17 +221,6 @@ def read_cards(root: str) -> list[HostCard]:
 
 
 # The NVIDIA driver
-
-
-def loaded_driver(root: str) -> tuple[str, str]:
-    """Version and kind of the kernel module that is loaded; both empty if none is."""
-    text = _read(root, "proc/driver/nvidia/version")
-    line = next((line for line in text.splitlines() if line.startswith("NVRM version:")), "")
-    number = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", f"{line} ")
-    version = number[1] if number else _read(root, "sys/module/nvidia/version").strip()
-    if not line:
-        return version, ""
-    return version, "open" if "Open Kernel Module" in line else "proprietary"
 
 
 def minors(root: str) -> dict[str, int]:

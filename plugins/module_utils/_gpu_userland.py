@@ -22,6 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
+
 HOME = "opt/nvidia"
 STAMP = f"{HOME}/userland.json"
 # Before the distribution's own folders: ours counts when both hold a library.
@@ -38,16 +40,6 @@ _NODE = re.compile(r"nvidia(?:\d+|ctl|-uvm)")
 
 class UserlandError(Exception):
     """str() is the message for the user."""
-
-
-def driver_version(root: Path) -> str:
-    """Return the version of the kernel's NVIDIA driver; empty where there is none."""
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    found = re.search(rf"Kernel Module\b.*?\s({_VERSION})\s", text)
-    return found[1] if found else ""
 
 
 def boot_id(root: Path) -> str:
@@ -138,7 +130,7 @@ def look(root: Path, machine: str, driver: str = "") -> dict[str, Any]:
     """Return everything that the decision needs. driver: what is said of it; empty means to read it."""
     return {
         "nodes": nodes(root),
-        "driver": driver or driver_version(root),
+        "driver": driver or loaded_driver(str(root))[0],
         "machine": machine,
         "libraries": libraries(root, machine),
         "own": own_version(root),

@@ -311,7 +311,9 @@ class _Assigner:
         others: list[Claim],
         exclusive: bool,
         slices: list[Slice] | None,
+        hint: str = "",
     ) -> None:
+        self.hint = hint
         self.requests = requests
         self.cards = cards
         self.others = others
@@ -527,6 +529,7 @@ class _Assigner:
     def _refusal(self, request: Request, problem: str) -> str:
         return (
             f"Machine {request.name} cannot have its GPU: {problem}. Cards on the server: {self._table()}."
+            f"{self.hint}"
             f" Correct `gpu` of {request.name} in infra.yml, or write gpu: {{optional: true}} to do without."
         )
 
@@ -590,11 +593,13 @@ def assign(
     others: list[Claim],
     exclusive: bool = True,
     slices: list[Slice] | None = None,
+    hint: str = "",
 ) -> dict[Key, Assignment]:
     """Cards for every machine that asks for some.
 
     `others` are the claims of every instance that stays and is not among `requests`. In exclusive mode no
     two claims, theirs included, meet on a card: who cannot be served gets an error (or runs without).
-    `slices` are the MIG slices of the server; None where they cannot be known.
+    `slices` are the MIG slices of the server; None where they cannot be known. `hint` is a sentence for
+    refusals.
     """
-    return _Assigner(requests, cards, others, exclusive, slices).run()
+    return _Assigner(requests, cards, others, exclusive, slices, hint).run()

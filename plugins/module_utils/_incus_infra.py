@@ -103,6 +103,7 @@ def make_plan(
     if wants_gpu(desired, snapshot):
         state.read_resources(client, snapshot, settings.parallel)
         if client.endpoint.url is None:
+            state.refresh_driver(snapshot, os.environ.get("SOTTOVOCE_HOST_ROOT") or "/")
             snapshot.nvidia_hook = state.nvidia_hook()
             if any((i.get("gpu") or {}).get("mig") for i in desired.get("instances") or []):
                 snapshot.slices = state.nvidia_slices()

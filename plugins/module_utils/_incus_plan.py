@@ -34,6 +34,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     Key,
     Obj,
     Snapshot,
+    lists_stale_cards,
     location_of,
     parse_url,
 )
@@ -570,7 +571,12 @@ class Planner:
             for claim in self._claims_there(key, instance)
         ]
         slices = None if self.there.slices is None else gpu.parse_slices(self.there.slices)
-        return gpu.assign(requests, self.cards, others, self.exclusive, slices)
+        hint = (
+            " This Incus keeps that list from when it was first asked: after a change of cards, restart it."
+            if lists_stale_cards(self.there.server)
+            else ""
+        )
+        return gpu.assign(requests, self.cards, others, self.exclusive, slices, hint)
 
     def _instances(self) -> None:
         self.assigned = self._gpus()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
 
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusNotFound
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
 
 if TYPE_CHECKING:
     from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusClient
@@ -156,6 +157,24 @@ def read_resources(client: IncusClient, snapshot: Snapshot, parallel: int = 8) -
     client.requests += len(online)
     cards = [c for r in snapshot.member_resources.values() for c in (r.get("gpu") or {}).get("cards") or []]
     snapshot.resources = {"gpu": {"cards": cards}}
+
+
+def refresh_driver(snapshot: Snapshot, root: str) -> None:
+    """
+    Put the NVIDIA driver that this host's kernel has loaded into the resources of its Incus, which, before
+    6.0.6 and 7.3, go on telling what was so when it was first asked.
+    """
+    version = loaded_driver(root)[0]
+    for card in (snapshot.member_resources.get("", {}).get("gpu") or {}).get("cards") or []:
+        if version and card.get("nvidia"):
+            card["nvidia"]["nvrm_version"] = version
+
+
+def lists_stale_cards(server: Mapping[str, Any]) -> bool:
+    """Whether this Incus keeps its list of cards from when it was first asked until it is restarted."""
+    text = str((server.get("environment") or {}).get("server_version") or "")
+    numbers = tuple(int(n) for n in text.split(".") if n.isdigit())
+    return bool(numbers) and (numbers < (6, 0, 6) or (6, 1) <= numbers[:2] < (7, 3))
 
 
 def nvidia_hook(environ: Mapping[str, str] = os.environ) -> bool:

@@ -16,6 +16,7 @@ import yaml
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_facts as gpu_facts
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_preflight as preflight
 from ansible_collections.sottovoce.stack.plugins.module_utils._gpu_preflight import Finding, Wanted, wanted_by
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
 from host_root import DRIVER, IDS, PCI, UNIT, Host, sound_host
 
 ROOT = Path(__file__).parents[2]
@@ -234,9 +235,9 @@ def test_module_kind(host: Host, device: str, kind: str, needs: str) -> None:
 
 def test_version_without_the_line_of_proc(host: Host) -> None:
     host.remove("proc/driver/nvidia/version")
-    assert gpu_facts.loaded_driver(str(host.root)) == (DRIVER, "")
+    assert loaded_driver(str(host.root)) == (DRIVER, "")
     host.driver("535.183.01", "proprietary")
-    assert gpu_facts.loaded_driver(str(host.root)) == ("535.183.01", "proprietary")
+    assert loaded_driver(str(host.root)) == ("535.183.01", "proprietary")
 
 
 # --- nodes -----------------------------------------------------------------------------------------------

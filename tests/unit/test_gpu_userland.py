@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_userland as userland
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
 
 DRIVER = "570.86.15"
 NODES = {"/dev/nvidia0": 0o666, "/dev/nvidiactl": 0o666, "/dev/nvidia-uvm": 0o666}
@@ -81,14 +82,14 @@ def copy(host: Path, root: Path, driver: str = DRIVER) -> list[str]:
 @pytest.mark.parametrize("version", [DRIVER, "550.163", "535.54.03"])
 def test_driver_version(tmp_path: Path, text: str, version: str) -> None:
     put(tmp_path, "proc/driver/nvidia/version", text.format(version))
-    assert userland.driver_version(tmp_path) == version
+    assert loaded_driver(str(tmp_path))[0] == version
 
 
 @pytest.mark.parametrize("text", ["", "NVRM version: something else\n"])
 def test_no_driver_version(tmp_path: Path, text: str) -> None:
-    assert userland.driver_version(tmp_path) == ""
+    assert loaded_driver(str(tmp_path))[0] == ""
     put(tmp_path, "proc/driver/nvidia/version", text)
-    assert userland.driver_version(tmp_path) == ""
+    assert loaded_driver(str(tmp_path))[0] == ""
 
 
 @pytest.mark.parametrize(("mounted", "source"), [(True, "mounted"), (False, "packages")])

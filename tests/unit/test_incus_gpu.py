@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_gpu as gpu
+from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_state as state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -317,3 +319,31 @@ def test_exclusive_means_one_owner(requests: list[Any], devices: list[Obj], coun
         given_ = found[request.key]
         assert bool(given_.error) + bool(given_.claims) + bool(given_.notes) >= 1
         assert not (given_.error and given_.devices)
+
+
+@pytest.mark.parametrize(
+    ("version", "stale"),
+    [
+        ("6.0.4", True),
+        ("6.0.5", True),
+        ("6.0.6", False),
+        ("6.16", True),
+        ("7.2.0", True),
+        ("7.3", False),
+        ("", False),
+    ],
+)
+def test_versions_that_do_not_see_a_changed_card(version: str, stale: bool) -> None:
+    assert state.lists_stale_cards({"environment": {"server_version": version}}) is stale
+
+
+def test_the_driver_that_is_loaded_wins_over_what_incus_remembers(tmp_path: Path) -> None:
+    cards = [{"pci_address": "0000:01:00.0", "vendor_id": "10de", "nvidia": {"nvrm_version": "550.1"}}]
+    snapshot = state.Snapshot(member_resources={"": {"gpu": {"cards": cards}}})
+    state.refresh_driver(snapshot, str(tmp_path))
+    assert gpu.cards_of(snapshot.member_resources[""])[0].driver == "550.1"
+    version = tmp_path / "sys/module/nvidia/version"
+    version.parent.mkdir(parents=True)
+    version.write_text("570.86.15\n")
+    state.refresh_driver(snapshot, str(tmp_path))
+    assert gpu.cards_of(snapshot.member_resources[""])[0].driver == "570.86.15"
