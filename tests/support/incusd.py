@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,10 @@ class Daemon:
 
     # Start
 
+    def command(self, argv: list[str]) -> list[str]:
+        """What runs the daemon, under the same process id, where it finds its machine as it should."""
+        return self.cards.command(argv) if self.cards else argv
+
     def launch(self) -> None:
         daemon = incus_host.find_daemon()
         if not daemon:
@@ -168,12 +172,9 @@ class Daemon:
         env = {key: value for key, value in os.environ.items() if not key.startswith("INCUS_")}
         env["INCUS_DIR"] = str(self.incus_dir)
         env["PATH"] = f"{Path(daemon).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
-        command = [daemon, "--logfile", str(self.log)]
-        if self.cards:
-            command = self.cards.command(command)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                command,
+                self.command([daemon, "--logfile", str(self.log)]),
                 env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
             )  # fmt: skip
         with contextlib.suppress(OSError, ValueError):
@@ -440,6 +441,7 @@ def create(
     image: bool = False,
     gpu: int | None = None,
     stays: bool = False,
+    make: Callable[[Path], Daemon] = Daemon,
 ) -> Daemon:
     """Start a daemon in a fresh folder and wait until it is ready. gpu: how many cards it sees."""
     reasons = probe()
@@ -454,7 +456,7 @@ def create(
             f"{base_folder()} is too long a path for the sockets below it; set SOTTOVOCE_TEST_DIR."
         )
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base_folder()))
-    daemon = Daemon(folder)
+    daemon = make(folder)
     try:
         # Containers' users must be able to reach their files below.
         folder.chmod(0o711)
