@@ -199,14 +199,21 @@ class Daemon:
 
     def reboot(self) -> None:
         """What a reboot of the host is to Incus: instances shut down, the daemon ends and starts again."""
+        self._again(signal.SIGPWR)
+
+    def restart(self) -> None:
+        """The daemon ends and starts again; instances go on running."""
+        self._again(signal.SIGTERM)
+
+    def _again(self, number: signal.Signals) -> None:
         pid = int(self.record["daemon_pid"])
         started = _started(pid)
-        os.kill(pid, signal.SIGPWR)
+        os.kill(pid, number)
         deadline = time.monotonic() + READY_TIMEOUT
         while _started(pid) == started:
             if time.monotonic() > deadline:
-                raise DaemonError(f"The daemon does not shut down:\n{self.log_tail()}")
-            time.sleep(0.05)
+                raise DaemonError(f"The daemon does not end:\n{self.log_tail()}")
+            time.sleep(0.02)
         self.launch()
 
     def _note(self, **values: Any) -> None:
@@ -259,6 +266,9 @@ class Daemon:
                 networks |= self._empty()
             self._end(pid)
         self._end_helpers()
+        holder = int(record.get("holder_pid") or 0)
+        if holder and _started(holder) == record.get("holder_started"):
+            self._end(holder)
         for name in sorted(networks):
             self._drop_network(name)
         self._unmount()
@@ -472,7 +482,10 @@ def create(
             octet=octets[0],
         )
         if gpu is not None:
-            simulated_gpu.Cards(folder / "gpu").create(gpu)
+            cards = simulated_gpu.Cards(folder / "gpu")
+            cards.create(gpu)
+            holder = cards.hold()
+            daemon._note(holder_pid=holder.pid, holder_started=_started(holder.pid))
         daemon.launch()
         if pool != "none":
             daemon.make_pool(pool, size)
@@ -569,7 +582,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"removing {daemon.folder}")
             daemon.remove()
         return 0
-    except (DaemonError, IncusError, OSError) as error:
+    except (DaemonError, simulated_gpu.SimulationError, IncusError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 

@@ -1,16 +1,20 @@
 """
 NVIDIA cards that are not there, for a private Incus daemon on a machine without any. For tests only.
 
-The daemon runs in a mount namespace of its own (`enter`) in which /sys/bus/pci/devices and /proc/driver show what lies
-in the control folder, /dev has the driver's nodes, and nvidia-container-cli is a stand-in. Nothing of it is visible
-outside, and it is gone with the daemon's last process. What is real: Incus, LXC and its nvidia hook, the device nodes
-and their permissions. What is not: the driver behind the nodes, so opening one fails with ENXIO.
+The daemon runs in a mount namespace of its own in which /sys/bus/pci/devices and /proc/driver show what lies
+in the control folder, /dev has the driver's nodes, and nvidia-container-cli is a stand-in. Nothing of it is
+visible outside, and it is gone with the last process in it. What is real: Incus, LXC and its nvidia hook, the
+device nodes and their permissions. What is not: the driver behind the nodes, so opening one fails with ENXIO.
+
+Incus answers GET /1.0/resources from a cache: for 10 seconds, and for ever before 6.0.6, where the test of its
+age is the wrong way round. So after a change of the hardware the daemon has to be started again (`reboot` or
+`restart` of incusd.Daemon).
 
 The control folder (SOTTOVOCE_TEST_GPU_DIR) holds
 
-    state.json   cards, driver version of the kernel's half and of the userland, whether nvidia-uvm is there
-    root/        the same as files of a host: what the daemon is shown, and SOTTOVOCE_HOST_ROOT for the preflight
-    pid          of the daemon
+    state.json   cards, version of the driver's kernel half and userland, whether nvidia-uvm is there
+    root/        the same as files of a host: what the daemon sees, and SOTTOVOCE_HOST_ROOT of the preflight
+    pid          of a process in the namespace
 
 Class Cards changes both, and the nodes in the namespace, while the daemon runs.
 """
@@ -22,10 +26,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +47,10 @@ CLI = Path(__file__).with_name("nvidia_container_cli.py")
 TRIPLET = f"{platform.machine()}-linux-gnu"
 TOOL = "usr/bin/nvidia-container-cli"
 CTL, UVM_MAJOR, MAJOR = 255, 511, 195
+
+
+class SimulationError(Exception):
+    """str() is the message for a person."""
 
 
 class Cards:
@@ -195,7 +205,7 @@ class Cards:
             if not (dev / name).exists():
                 os.mknod(dev / name, stat.S_IFCHR | 0o600, os.makedev(major, minor))
                 # Open to all, as the driver makes them.
-                os.chmod(dev / name, 0o666)
+                (dev / name).chmod(0o666)
         # LXC's hook does not get the daemon's PATH: the tool must be where every PATH leads.
         ours, tool = self.host.root / TOOL, root / TOOL
         if not ours.exists():
@@ -207,10 +217,29 @@ class Cards:
 
     # The daemon's namespace
 
+    def hold(self) -> subprocess.Popen[bytes]:
+        """A process that keeps the namespace for as long as it lives, whether the daemon runs or not."""
+        me = [sys.executable, str(Path(__file__).resolve()), str(self.folder)]
+        holder = subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "private", *me],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/",
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not (self.folder / "pid").exists():
+            if holder.poll() is not None or time.monotonic() > deadline:
+                holder.kill()
+                said = holder.communicate()[1].decode("utf-8", "replace").splitlines()
+                # The rest is the traceback of this file.
+                why = [line for line in said if line.startswith(("mount", "unshare"))] or said[-1:]
+                raise SimulationError(f"no card can be simulated: {'; '.join(why) or 'no answer'}")
+            time.sleep(0.01)
+        return holder
+
     def command(self, argv: list[str]) -> list[str]:
         """The command that runs argv, under the same process id, where these cards are."""
-        me = [sys.executable, str(Path(__file__).resolve()), str(self.folder)]
-        return ["unshare", "--mount", "--propagation", "private", *me, *argv]
+        pid = (self.folder / "pid").read_text(encoding="ascii")
+        return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", *argv]
 
     def enter(self) -> None:
         """Change this process's mounts. It must be in a mount namespace of its own already."""
@@ -226,7 +255,9 @@ class Cards:
         for target in ("/dev", "/usr/bin"):
             _overlay(target, folder / "overlay" / target[1:])
         self.sync(Path("/"))
-        (folder / "pid").write_text(str(os.getpid()), encoding="ascii")
+        fresh = folder / "pid.new"
+        fresh.write_text(str(os.getpid()), encoding="ascii")
+        fresh.replace(folder / "pid")
 
 
 def _mount(*arguments: str) -> None:
@@ -257,20 +288,23 @@ def _mounts_below(folder: str) -> Iterator[str]:
 
 
 def probe() -> str:
-    """Why no card can be simulated here; empty if it can. Tries all of it, for a process that ends at once."""
+    """Why no card can be simulated here; empty if it can. Tries all of it."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         cards = Cards(Path(folder) / "gpu")
         cards.create(1)
-        done = subprocess.run(
-            cards.command(["test", "-c", "/dev/nvidia0", "-a", "-d", f"/sys/bus/pci/devices/{ADDRESSES[0]}"]),
-            capture_output=True, text=True, timeout=30, check=False,
-        )  # fmt: skip
-    if not done.returncode:
-        return ""
-    why = [line for line in done.stderr.splitlines() if line.startswith(("mount", "unshare"))]
-    return f"no card can be simulated: {'; '.join(why) or done.stderr.strip() or 'its nodes are not seen'}"
+        try:
+            with cards.hold() as holder:
+                seen = cards.command(["stat", "/dev/nvidia0", f"/sys/bus/pci/devices/{ADDRESSES[0]}/driver/"])
+                done = subprocess.run(seen, capture_output=True, text=True, timeout=30, check=False)
+                holder.kill()
+        except SimulationError as error:
+            return str(error)
+    return f"no card can be simulated: {done.stderr.strip()}" if done.returncode else ""
 
 
 if __name__ == "__main__":
     Cards(Path(sys.argv[1])).enter()
-    os.execvp(sys.argv[2], sys.argv[2:])
+    # Standard error is the pipe of who waits for us.
+    os.close(2)
+    while True:
+        signal.pause()
