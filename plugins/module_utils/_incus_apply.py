@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import queue
@@ -234,6 +235,11 @@ class Applier:
                 self.sleep(0.5)
 
     def _create(self, client: IncusClient, step: Step) -> None:
+        for member in step.members:
+            with contextlib.suppress(IncusConflict):  # announced by an earlier run
+                body = {"name": step.name, "type": (step.body or {})["type"]}
+                where = {"target": member}
+                self._run(client, "POST", path_of(step, collection=True), step, body=body, query=where)
         try:
             self._run(client, "POST", path_of(step, collection=True), step, body=step.body)
         except IncusError as exc:

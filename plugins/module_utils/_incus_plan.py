@@ -36,6 +36,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     Snapshot,
     location_of,
     parse_url,
+    pending,
 )
 
 # The order in which steps are carried out; those of one phase run side by side.
@@ -123,6 +124,8 @@ class Step:
     # To create: the body of the POST. To update: what is declared, laid over what is found then.
     body: Obj | None = None
     target: Obj = dataclasses.field(default_factory=dict)
+    # Of a cluster, where it has to be announced before it is made.
+    members: list[str] = dataclasses.field(default_factory=list)
     query: dict[str, str] = dataclasses.field(default_factory=dict)
     image: tuple[str, str] | None = None
     start: bool = False
@@ -377,6 +380,8 @@ class Planner:
     def _network(self, obj: Obj) -> None:
         project, name = str(obj.get("project") or "default"), str(obj["name"])
         current = self.there.networks.get((project, name))
+        if current is not None and pending(current):
+            current = None
         self._project_known(project, f"Network {name}")
         if current is not None and not current.get("managed", True):
             self.plan.errors.append(
@@ -386,6 +391,7 @@ class Planner:
             return
         kind = str(obj.get("type") or "bridge")
         step = Step("network", project, name, phase=BASE, target=self._target(obj))
+        step.members = [str(m["server_name"]) for m in self.there.members]
         self._settle(step, current, {"name": name, "type": kind}, immutable=["type"])
 
     def _volume(self, obj: Obj) -> None:

@@ -737,3 +737,24 @@ def test_a_member_with_a_free_card_is_chosen_and_kept(tools: FakeServer, target:
     assert "on m3, with a/two" in refused(tools, more)
     plain = desired(*wanted["instances"], gpu_machine("three", 3, target="m1"))
     assert "member m1 has no GPU" in refused(tools, plain)
+
+
+@pytest.mark.parametrize("announced", [[], ["m1"]])
+def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announced: list[str]) -> None:
+    """A run that was killed in between left it pending: the next one goes on."""
+    clustered(tools)
+    wanted = desired(machine("one"))
+    (name,) = [n["name"] for n in wanted["networks"]]
+    for member in announced:
+        FakeClient(tools).request(
+            "POST", "/1.0/networks", query={"target": member}, body={"name": name, "type": "bridge"}
+        )
+    told = run(tools, wanted, check=True)
+    assert [r["action"] for r in told["resources"] if r["kind"] == "network"] == ["created"]
+    run(tools, wanted)
+    made = tools.objects["networks"]["default", name]
+    assert (made["status"], made["locations"]) == ("Created", ["m1", "m2", "m3", "m4"])
+    assert made["config"].items() >= wanted["networks"][0]["config"].items()
+    tools.log.clear()
+    assert run(tools, wanted)["changed"] is False
+    assert ("GET", "/1.0/cluster/members") not in tools.log
