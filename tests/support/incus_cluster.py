@@ -20,7 +20,7 @@ import incusd
 
 MEMBERS = ("m1", "m2")
 PORT = 8443
-# The new /sys tells of the new network; it comes without the control groups that were mounted below the old one.
+# The new /sys tells of the new network; it comes without the control groups that were mounted below the old.
 OWN_NETWORK = """
 ip link set lo up
 mkdir -p "$1"
@@ -103,7 +103,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running(*, gpu: int = 1, **options: Any) -> Iterator[Cluster]:
-    """A cluster for the time of a with block; the first member sees `gpu` simulated cards, the second none."""
+    """A cluster for the time of a with block: `gpu` simulated cards on the first member, none on the other."""
 
     def first(folder: Path) -> Member:
         return Member(folder, MEMBERS[0])
