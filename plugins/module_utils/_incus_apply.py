@@ -246,6 +246,9 @@ class Applier:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise
             self._update(client, step)
+        else:
+            if step.members:  # Incus 6.0 keeps what it was announced with: no description
+                self._update(client, step)
 
     def _read(self, client: IncusClient, step: Step) -> tuple[Obj, str | None]:
         response = client.get(path_of(step), project=self._project(step))

@@ -283,7 +283,7 @@ class FakeServer:
             raise IncusError("Network not defined on every member", code=400)
         if found["status"] != "Pending":
             raise IncusConflict("It already exists", code=409)
-        found.update(body, status="Created")
+        found.update({**body, "description": found["description"]}, status="Created")
         return Response(200, {})
 
     def _state(self, key: tuple[str, ...], body: Obj) -> Response:

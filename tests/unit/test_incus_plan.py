@@ -744,7 +744,9 @@ def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announc
     """A run that was killed in between left it pending: the next one goes on."""
     clustered(tools)
     wanted = desired(machine("one"))
-    (name,) = [n["name"] for n in wanted["networks"]]
+    (network,) = wanted["networks"]
+    network["description"] = "Domain a"
+    name = network["name"]
     for member in announced:
         FakeClient(tools).request(
             "POST", "/1.0/networks", query={"target": member}, body={"name": name, "type": "bridge"}
@@ -754,7 +756,8 @@ def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announc
     run(tools, wanted)
     made = tools.objects["networks"]["default", name]
     assert (made["status"], made["locations"]) == ("Created", ["m1", "m2", "m3", "m4"])
-    assert made["config"].items() >= wanted["networks"][0]["config"].items()
+    assert made["description"] == "Domain a"
+    assert made["config"].items() >= network["config"].items()
     tools.log.clear()
     assert run(tools, wanted)["changed"] is False
     assert ("GET", "/1.0/cluster/members") not in tools.log
