@@ -45,8 +45,13 @@ class Member(incusd.Daemon):
         return ["unshare", *namespaces, "sh", "-c", script, self.name, scratch, *super().command(argv)]
 
     def incus(self, *arguments: str, stdin: str = "") -> str:
-        done = _call("incus", *arguments, env=self.environment, stdin=stdin)
-        return done.strip()
+        return _call("incus", *arguments, env=self.environment, stdin=stdin).strip()
+
+    def kill(self) -> None:
+        """End the daemon alone."""
+        record = self.record
+        if incusd._started(int(record["daemon_pid"])) == record["daemon_started"]:
+            self._end(int(record["daemon_pid"]))
 
 
 def _call(*argv: str, env: dict[str, str] | None = None, stdin: str = "") -> str:
@@ -94,16 +99,18 @@ class Cluster:
         self.second.incus("admin", "init", "--preseed", stdin=json.dumps(preseed))
 
     def remove(self) -> None:
-        # The first holds the database: it goes last.
+        """The second, while both are there, empties the whole cluster. Then the first, with the database."""
         try:
             self.second.remove()
         finally:
+            # Alone it would wait for the other at every request.
+            self.first.kill()
             self.first.remove()
 
 
 @contextlib.contextmanager
 def running(*, gpu: int = 1, **options: Any) -> Iterator[Cluster]:
-    """A cluster for the time of a with block: `gpu` simulated cards on the first member, none on the other."""
+    """A cluster for the time of a with block: `gpu` simulated cards on the first member."""
 
     def first(folder: Path) -> Member:
         return Member(folder, MEMBERS[0])
@@ -111,13 +118,17 @@ def running(*, gpu: int = 1, **options: Any) -> Iterator[Cluster]:
     def second(folder: Path) -> Member:
         return Member(folder, MEMBERS[1], apart=True)
 
-    with contextlib.ExitStack() as stack:
-        one = incusd.create(gpu=gpu, make=first, **options)
-        assert isinstance(one, Member)
-        stack.callback(one.remove)
+    one = incusd.create(gpu=gpu, make=first, **options)
+    try:
         two = incusd.create(pool="none", make=second)
-        assert isinstance(two, Member)
-        stack.callback(two.remove)
-        cluster = Cluster(one, two)
+    except BaseException:
+        one.remove()
+        raise
+    assert isinstance(one, Member)
+    assert isinstance(two, Member)
+    cluster = Cluster(one, two)
+    try:
         cluster.join()
         yield cluster
+    finally:
+        cluster.remove()
