@@ -532,12 +532,14 @@ class _Assigner:
 
     def _refusal(self, request: Request, problem: str) -> str:
         if request.spec is None:
-            remedy = f"Correct the gpu device of {request.name}, or of its profile, in infra.yml."
+            remedy = f"Correct the gpu device of {request.name}, or of its profile"
+            otherwise = ""
         else:
-            remedy = f"Correct `gpu` of {request.name} in infra.yml, or write gpu: {{optional: true}} to do without."
+            remedy = f"Correct `gpu` of {request.name}"
+            otherwise = ", or write gpu: {optional: true} to do without"
         return (
             f"Machine {request.name} cannot have its GPU: {problem}. Cards on the server: {self._table()}."
-            f" {remedy}"
+            f" {remedy} in infra.yml{otherwise}."
         )
 
     def _table(self) -> str:
