@@ -101,7 +101,7 @@ def test_a_device_by_hand_decides_the_member(site: Site, cluster: Cluster) -> No
     assert site.nodes("hand")["nvidia0"] == "ENXIO"
     assert gpu_site.leases() == {f"{card(cluster)}@{CARD_MEMBER}": f"{site.domain}/hand"}
     assert site.apply(machines)["changed"] is False
-    assert "machine hand" in refused(site, {**machines, "speech": GPU})
+    assert "2 ask for one: hand, speech" in refused(site, {**machines, "speech": GPU})
 
 
 def test_machines_without_a_gpu_go_anywhere_in_a_restricted_project(site: Site) -> None:
