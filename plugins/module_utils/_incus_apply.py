@@ -45,6 +45,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     Key,
     Obj,
     location_of,
+    nvidia_tools_say,
 )
 
 if TYPE_CHECKING:
@@ -416,8 +417,10 @@ class Applier:
             return ""
         hint = ""
         if (step.target.get("config") or {}).get(RUNTIME) == "true":
-            hint = (
-                "\nnvidia.runtime is set: `nvidia-container-cli info` on the host shows whether that works."
+            # The hook's own words are logged only where Incus runs with --debug: ask what it asks.
+            told = nvidia_tools_say() if client.endpoint.url is None else ""
+            hint = "\nnvidia.runtime is set: `nvidia-container-cli info` on the host " + (
+                f"says\n  {told}" if told else "shows whether that works."
             )
         shown = "\n".join(f"  {x}" for x in telling[-LOG_LINES:])
         return f"\nEnd of {step.name}'s lxc.log:\n{shown}{hint}"

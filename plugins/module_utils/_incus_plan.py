@@ -312,8 +312,12 @@ class Planner:
         current = self.there.projects.get(name)
         target = self._target(obj)
         now, later = self._gpu_in_project(name)
-        if not later and name != "default" and self._may_restrict(current, target["config"]):
-            target["config"] = {**RESTRICTION, **target["config"]}
+        if name != "default" and self._may_restrict(current, target["config"]):
+            if not later:
+                target["config"] = {**RESTRICTION, **target["config"]}
+            elif "restricted" in record_of(current)["config"]:
+                # Only switched off: Incus 6.0 refuses to drop a key that an instance needs open, even then.
+                target["config"] = {**RESTRICTION, "restricted": "false", **target["config"]}
         if current is not None:
             # The server takes these only while a project is empty.
             old = current.get("config") or {}

@@ -189,6 +189,17 @@ def nvidia_slices(timeout: float = 15.0) -> str | None:
     return done.stdout
 
 
+def nvidia_tools_say(timeout: float = 15.0) -> str:
+    """What this host's nvidia-container-cli complains of; empty if of nothing, or if it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["nvidia-container-cli", "info"], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stderr.strip() if done.returncode else ""
+
+
 def location_of(instance: Mapping[str, Any]) -> str:
     """The member an instance is on; empty on a lone server."""
     location = str(instance.get("location") or "")

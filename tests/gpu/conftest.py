@@ -43,6 +43,7 @@ def cards(daemon: incusd.Daemon) -> Iterator[Cards]:
     gpu_site.clear()
     if found.state != before:
         found.reset(1)
+        daemon.wait_for_bridges()
         daemon.restart()
 
 
@@ -53,7 +54,9 @@ def site(cards: Cards) -> Site:
 
 
 @pytest.fixture
-def other(cards: Cards) -> Site:
+def other(cards: Cards) -> Iterator[Site]:
     """The infra.yml of somebody else on the same server."""
     assert cards.addresses
-    return Site("b")
+    found = Site("b")
+    yield found
+    found.remove()

@@ -74,6 +74,18 @@ def test_the_member_with_a_free_card_is_chosen_shown_and_kept(
     assert locations(site) == {"speech": CARD_MEMBER}
 
 
+def test_any_member_can_be_asked(site: Site, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that has no card asks the one that has."""
+    for key, value in cluster.second.environment.items():
+        if key.startswith("INCUS_"):
+            monkeypatch.setenv(key, value)
+    done = site.apply({"speech": GPU, "other": {"gpu": {"optional": True}}})
+    assert any("other runs without a GPU" in note for note in done["notes"])
+    assert locations(site)["speech"] == CARD_MEMBER
+    assert site.nodes("speech")["nvidia0"] == "ENXIO"
+    assert gpu_site.leases() == {f"{card(cluster)}@{CARD_MEMBER}": f"{site.domain}/speech"}
+
+
 def test_a_second_machine_is_refused_with_who_holds_what(site: Site, cluster: Cluster) -> None:
     site.apply({"speech": GPU})
     message = refused(site, {"speech": GPU, "two": GPU})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import incusd
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_infra import InfraError
@@ -11,9 +13,7 @@ from simulated_gpu import DRIVER, Cards
 ALL = {"nvidia0": "ENXIO", "nvidiactl": "ENXIO", "nvidia-uvm": "ENXIO", "nvidia-uvm-tools": "ENXIO"}
 
 
-def test_the_card_is_inside_and_a_user_who_is_not_root_may_open_it(
-    site: Site, cards: Cards, daemon: incusd.Daemon
-) -> None:
+def test_the_card_is_inside_and_a_user_who_is_not_root_may_open_it(site: Site, cards: Cards) -> None:
     result = site.apply({"speech": {"gpu": True}})
     (pci,) = cards.addresses
     assert gpu_of(result, "speech") == [
@@ -32,9 +32,7 @@ def test_the_card_is_inside_and_a_user_who_is_not_root_may_open_it(
     assert site.apply({"speech": {"gpu": True}})["changed"] is False
 
 
-def test_a_node_that_only_root_may_open_would_be_noticed(
-    site: Site, cards: Cards, daemon: incusd.Daemon
-) -> None:
+def test_a_node_that_only_root_may_open_would_be_noticed(site: Site, cards: Cards) -> None:
     (pci,) = cards.addresses
     device = {"type": "gpu", "gputype": "physical", "pci": pci, "mode": "0600"}
     site.apply({"speech": {"devices": {"card": device}}})
@@ -42,7 +40,7 @@ def test_a_node_that_only_root_may_open_would_be_noticed(
     assert site.nodes("speech", user=0)["nvidia0"] == "ENXIO"
 
 
-def test_the_drivers_userland_comes_with_the_runtime(site: Site, cards: Cards, daemon: incusd.Daemon) -> None:
+def test_the_drivers_userland_comes_with_the_runtime(site: Site, cards: Cards) -> None:
     site.apply({"speech": {"gpu": True}})
     config = site.instance("speech")["config"]
     assert config["nvidia.runtime"] == "true"
@@ -71,7 +69,6 @@ def test_another_card_is_handed_over_while_the_machine_runs(
     site: Site, cards: Cards, daemon: incusd.Daemon
 ) -> None:
     first, second = cards.addresses[0], cards.add()
-    cards.tools(False)
     daemon.restart()
     site.apply({"speech": {"gpu": {"pci": first}}})
     assert {"nvidia0", "nvidia1"} & set(site.nodes("speech")) == {"nvidia0"}
@@ -81,7 +78,7 @@ def test_another_card_is_handed_over_while_the_machine_runs(
     assert site.apply({"speech": {"gpu": {"pci": second}}})["changed"] is False
 
 
-def test_a_card_goes_from_one_machine_to_another(site: Site, cards: Cards, daemon: incusd.Daemon) -> None:
+def test_a_card_goes_from_one_machine_to_another(site: Site, cards: Cards) -> None:
     site.apply({"one": {"gpu": True}, "two": {}})
     site.apply({"one": {}, "two": {"gpu": True}})
     assert "nvidia0" not in site.nodes("one")
@@ -116,11 +113,11 @@ def test_a_new_driver_restarts_the_machine_and_says_why(
 
 
 def test_a_start_that_nvidias_hook_ends_is_told_with_the_cause(
-    site: Site, cards: Cards, daemon: incusd.Daemon
+    site: Site, cards: Cards, daemon: incusd.Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site.apply({"speech": {"config": {"nvidia.runtime": "true"}}})
     cards.driver("580.65.06", library=DRIVER)
     daemon.restart()
+    monkeypatch.setenv("PATH", f"{cards.host.root}/usr/bin:{os.environ['PATH']}")
     with pytest.raises(InfraError) as caught:
         site.apply({"late": {"gpu": True, "config": {"nvidia.runtime": "true"}}})
     message = str(caught.value)
@@ -132,6 +129,7 @@ def test_a_card_that_is_gone_after_a_reboot(site: Site, cards: Cards, daemon: in
     (pci,) = cards.addresses
     machine = {"gpu": True, "boot_autostart": False}
     site.apply({"speech": machine})
+    site.booted("speech")
     cards.remove(pci)
     daemon.reboot()
     with pytest.raises(InfraError, match=f"its card {pci} is no longer on the server"):

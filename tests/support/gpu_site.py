@@ -46,7 +46,7 @@ def incus(*arguments: str, project: str = "default", check: bool = True) -> str:
     return done.stdout if check else done.stdout + done.stderr
 
 
-@dataclass
+@dataclass(frozen=True)
 class Site:
     """One infra.yml with one domain. Sites differ by their letter."""
 
@@ -90,9 +90,7 @@ class Site:
             return found
 
     def names(self) -> set[str]:
-        with client() as daemon:
-            listed = daemon.get("/1.0/instances", query={"recursion": 1, "all-projects": True}).metadata
-            return {item["name"] for item in listed if item["project"] == self.domain}
+        return {item["name"] for item in instances() if item["project"] == self.domain}
 
     def execute(self, name: str, *command: str) -> str:
         return incus("exec", name, "--", *command, project=self.domain)
@@ -103,7 +101,21 @@ class Site:
         return found
 
     def libraries(self, name: str) -> list[str]:
-        return self.execute(name, "sh", "-c", "cd /usr/lib/*-linux-gnu && ls -d libcuda.so.* || true").split()
+        """What the driver's userland tool handed in; it leaves an empty file behind where one was."""
+        mounts = [line.split()[1] for line in self.execute(name, "cat", "/proc/mounts").splitlines()]
+        return [mount.rpartition("/")[2] for mount in mounts if "/libcuda.so." in mount]
+
+    def booted(self, name: str) -> None:
+        """Wait until it can be shut down: before that a shutdown waits for its time-out."""
+        # In its first moments there is nobody yet whom systemctl could ask.
+        ask = "for i in $(seq 100); do test -S /run/dbus/system_bus_socket && break; sleep 0.1; done"
+        self.execute(name, "sh", "-c", f"{ask}; systemctl is-system-running --wait || true")
+
+    def remove(self) -> None:
+        """The domain as well: each bridge costs a start of the daemon a second."""
+        wanted = _infra_model.load_text(self.document({})).state
+        with client() as daemon:
+            infra.reconcile(daemon, wanted, Options(state="absent"), infra.Settings(wait_timeout=60))
 
 
 def client() -> contextlib.closing[IncusClient]:
@@ -113,6 +125,13 @@ def client() -> contextlib.closing[IncusClient]:
 def server_config() -> Obj:
     with client() as daemon:
         found: Obj = daemon.get("/1.0").metadata["config"]
+        return found
+
+
+def instances() -> list[Obj]:
+    """Of all projects."""
+    with client() as daemon:
+        found: list[Obj] = daemon.get("/1.0/instances", query={"recursion": 1, "all-projects": True}).metadata
         return found
 
 
@@ -136,12 +155,12 @@ def resource(result: Obj, name: str) -> Obj:
 def clear() -> None:
     """Every instance, foreign project, gpu device of a profile and lease goes; domains and bridges stay."""
     with client() as daemon:
-        for item in daemon.get("/1.0/instances", query={"recursion": 1, "all-projects": True}).metadata:
+        for item in instances():
             path, project = f"/1.0/instances/{item['name']}", item["project"]
             if item["status"] != "Stopped":
                 body = {"action": "stop", "force": True, "timeout": 30}
                 daemon.run("PUT", f"{path}/state", project=project, body=body)
-            # An instance of infra.yml may be a transient one of Incus that its end has removed.
+            # Those of infra.yml may be ephemeral to Incus, too: gone when they end.
             incus("delete", "--force", item["name"], project=project, check=False)
         for project in daemon.get("/1.0/projects", query={"recursion": 1}).metadata:
             if project["name"].startswith("foreign"):

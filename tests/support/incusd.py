@@ -202,7 +202,7 @@ class Daemon:
         self._again(signal.SIGPWR)
 
     def restart(self) -> None:
-        """The daemon ends and starts again; instances go on running."""
+        """The daemon ends and starts again; instances go on running. No instance may be just stopping."""
         self._again(signal.SIGTERM)
 
     def _again(self, number: signal.Signals) -> None:
@@ -214,7 +214,18 @@ class Daemon:
             if time.monotonic() > deadline:
                 raise DaemonError(f"The daemon does not end:\n{self.log_tail()}")
             time.sleep(0.02)
+        if number == signal.SIGPWR:
+            self.wait_for_bridges()
         self.launch()
+
+    def wait_for_bridges(self) -> None:
+        """Wait until no instance is on a bridge: Incus does not start one whose interfaces just vanish."""
+        deadline = time.monotonic() + 10
+        folders = [Path("/sys/class/net") / name / "brif" for name in self._networks_on_disk()]
+        while any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
+            if time.monotonic() > deadline:
+                raise DaemonError("Interfaces of instances that have ended are still there.")
+            time.sleep(0.02)
 
     def _note(self, **values: Any) -> None:
         fresh = self.folder / "owner.json.new"

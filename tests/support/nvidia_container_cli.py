@@ -2,9 +2,9 @@
 """
 A stand-in for nvidia-container-cli on a machine without a card (see simulated_gpu.py), for tests only.
 
-It answers what Incus and LXC's nvidia hook ask: `info --csv`, and `configure … <rootfs>`, which hands the
-nodes and the driver's userland files to a container by bind mounts. The files are empty stand-ins with the right
-names; a missing nvidia-uvm is passed over and two driver versions at once are an error, as with the real tool.
+It answers what Incus and LXC's nvidia hook ask: `info --csv`, and `configure … <rootfs>`, which hands
+the nodes and the driver's userland files to a container by bind mounts. The files are empty stand-ins with
+the right names; a missing nvidia-uvm is passed over, two driver versions are an error, as with the real tool.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ in the control folder, /dev has the driver's nodes, and nvidia-container-cli is 
 visible outside, and it is gone with the last process in it. What is real: Incus, LXC and its nvidia hook, the
 device nodes and their permissions. What is not: the driver behind the nodes, so opening one fails with ENXIO.
 
-Incus answers GET /1.0/resources from a cache: for 10 seconds, and for ever before 6.0.6, where the test of its
-age is the wrong way round. So after a change of the hardware the daemon has to be started again (`reboot` or
-`restart` of incusd.Daemon).
+Incus answers GET /1.0/resources from a cache: for 10 seconds, and for ever before 6.0.6, where the test of
+its age is the wrong way round. So after a change of the hardware the daemon has to be started again
+(`reboot` or `restart` of incusd.Daemon).
 
 The control folder (SOTTOVOCE_TEST_GPU_DIR) holds
 
@@ -77,13 +77,10 @@ class Cards:
         self.folder.mkdir(mode=0o755)
         for name in ("sys", "proc", "empty"):
             (self.folder / name).mkdir()
-        for path in (
-            "sys/bus/pci/devices",
-            "proc/driver/nvidia/gpus",
-            "dev",
-            "run/systemd/system",
-            "usr/bin",
-        ):
+        folders = ["sys/bus/pci/devices", "proc/driver/nvidia/gpus", "dev", "run/systemd/system", "usr/bin"]
+        # Where the role gpu_host writes.
+        folders += ["usr/local/sbin", "etc/apt/apt.conf.d"]
+        for path in folders:
             (self.host.root / path).mkdir(parents=True)
         for real in Path("/sys/bus/pci/devices").iterdir():
             with contextlib.suppress(OSError):

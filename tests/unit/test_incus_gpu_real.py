@@ -202,5 +202,6 @@ def test_the_restriction_follows_the_card(lab: Lab) -> None:
     found = lab.client.get(f"/1.0/projects/{lab.project}").metadata["config"]
     assert found["restricted.devices.gpu"] == "block"
     lab.run(speech(lab))
-    assert "restricted" not in lab.client.get(f"/1.0/projects/{lab.project}").metadata["config"]
+    found = lab.client.get(f"/1.0/projects/{lab.project}").metadata["config"]
+    assert found["restricted"] == "false"
     assert lab.run(speech(lab))["changed"] is False
