@@ -327,12 +327,17 @@ class _Assigner:
         return {r.key: result[r.key] for r in self.requests}
 
     def _rank(self, request: Request) -> int:
-        """First who names a card, then who has one, then the rest: nobody's card moves to a newcomer."""
+        """First who names a card, then who has one, then the rest: nobody's card moves to a newcomer.
+
+        Of those, the ones that can do without come last.
+        """
         spec = request.spec
         if spec is None or spec.get("pci") or spec.get("uuid") or spec.get("mig") or spec.get("all"):
             return 0
         there = {(c.location, c.pci) for c in self.cards}
-        return 1 if any((c.location, c.pci) in there for c in request.current) else 2
+        if any((c.location, c.pci) in there for c in request.current):
+            return 1
+        return 3 if spec.get("optional") else 2
 
     def _rivals(self, request: Request, card: Card | Claim, part: str = "") -> list[Claim]:
         claims = self.others + self.taken

@@ -244,6 +244,14 @@ def test_a_taken_device_name_is_avoided() -> None:
     assert list(give(want("m", {"gpu0": {"type": "disk"}}))["m"].devices) == ["gpu1"]
 
 
+def test_a_newcomer_that_can_do_without_is_served_last() -> None:
+    found = give(want("a", optional=True), want("b"), cards=ONE)
+    assert (pcis(found["a"]), pcis(found["b"])) == ([], [A])
+    there = give(want("a", optional=True, current=[A]), want("b"), cards=ONE)
+    assert pcis(there["a"]) == [A]
+    assert "2 ask for one: a, b" in there["b"].error
+
+
 def at(member: str, *pci: str) -> list[gpu.Card]:
     return [gpu.Card(p, "10de", "card", location=member) for p in pci]
 
