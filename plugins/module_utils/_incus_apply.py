@@ -242,7 +242,8 @@ class Applier:
                 where = {"target": member}
                 self._run(client, "POST", path_of(step, collection=True), step, body=body, query=where)
         try:
-            self._run(client, "POST", path_of(step, collection=True), step, body=step.body)
+            collection = path_of(step, collection=True)
+            self._run(client, "POST", collection, step, body=step.body, query=step.query or None)
         except IncusError as exc:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise

@@ -691,7 +691,9 @@ class Planner:
         started = bool(obj.get("started", True)) and self.options.start
         if current is None:
             self._create(step, obj, itype, started)
+            self._volumes_to(step, step.query.get("target", ""))
             return
+        self._volumes_to(step, location_of(current))
         self._immutable(step, obj, current, itype)
         self._settle(step, current, {"name": name})
         if step.after is None:
@@ -703,6 +705,14 @@ class Planner:
         elif started and status != RUNNING:
             step.start, step.action = True, "started"
             step.why = f"it was {str(current.get('status') or 'stopped').lower()}"
+
+    def _volumes_to(self, step: Step, member: str) -> None:
+        """On a cluster, new volumes are made on the member of the machine that mounts them."""
+        if not member or member.startswith("@"):
+            return
+        for volume in self.plan.steps:
+            if volume.kind == "volume" and volume.body is not None and volume.key in step.needs:
+                volume.query.setdefault("target", member)
 
     def _create(self, step: Step, obj: Obj, itype: str, started: bool) -> None:
         wanted = (str(obj.get("image") or ""), itype)

@@ -79,11 +79,15 @@ def test_any_member_can_be_asked(site: Site, cluster: Cluster, monkeypatch: pyte
     for key, value in cluster.second.environment.items():
         if key.startswith("INCUS_"):
             monkeypatch.setenv(key, value)
-    done = site.apply({"speech": GPU, "other": {"gpu": {"optional": True}}})
+    data = {"persistent_data": {"models": {"path": "/srv/models"}}}
+    machines = {"speech": {**GPU, **data}, "other": {"gpu": {"optional": True}}}
+    done = site.apply(machines)
     assert any("other runs without a GPU" in note for note in done["notes"])
     assert locations(site)["speech"] == CARD_MEMBER
     assert site.nodes("speech")["nvidia0"] == "ENXIO"
+    assert "/srv/models" in site.execute("speech", "findmnt", "--noheadings", "/srv/models")
     assert gpu_site.leases() == {f"{card(cluster)}@{CARD_MEMBER}": f"{site.domain}/speech"}
+    assert site.apply(machines)["changed"] is False
 
 
 def test_a_second_machine_is_refused_with_who_holds_what(site: Site, cluster: Cluster) -> None:

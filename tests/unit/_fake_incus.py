@@ -232,7 +232,7 @@ class FakeServer:
         return Response(200, found, now)
 
     def _location(self, kind: str, query: dict[str, str]) -> Obj:
-        return {"location": query["target"]} if kind == "instances" and query.get("target") else {}
+        return {"location": query["target"]} if query.get("target") else {}
 
     def _addresses(self) -> None:
         seen: dict[tuple[str, str], Any] = {}

@@ -764,3 +764,18 @@ def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announc
     tools.log.clear()
     assert run(tools, wanted)["changed"] is False
     assert ("GET", "/1.0/cluster/members") not in tools.log
+
+
+def test_a_new_volume_goes_to_the_member_of_its_machine(tools: FakeServer) -> None:
+    clustered(tools)
+    disk = {"type": "disk", "source": "data", "pool": "default", "path": "/srv/data"}
+    volume = {"project": "a", "name": "data", "pool": "default", "config": {}}
+    one = gpu_machine("one")
+    one["devices"]["data"] = disk
+    wanted = desired(one, volumes=[volume])
+    run(tools, wanted)
+    assert tools.objects["volumes"]["a", "default", "data"]["location"] == "m2"
+    later = {**volume, "name": "more"}
+    one["devices"]["more"] = {**disk, "source": "more", "path": "/srv/more"}
+    run(tools, desired(one, volumes=[volume, later]))
+    assert tools.objects["volumes"]["a", "default", "more"]["location"] == "m2"
