@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import queue
@@ -235,12 +236,21 @@ class Applier:
                 self.sleep(0.5)
 
     def _create(self, client: IncusClient, step: Step) -> None:
+        for member in step.members:
+            with contextlib.suppress(IncusConflict):  # announced by an earlier run
+                body = {"name": step.name, "type": (step.body or {})["type"]}
+                where = {"target": member}
+                self._run(client, "POST", path_of(step, collection=True), step, body=body, query=where)
         try:
-            self._run(client, "POST", path_of(step, collection=True), step, body=step.body)
+            collection = path_of(step, collection=True)
+            self._run(client, "POST", collection, step, body=step.body, query=step.query or None)
         except IncusError as exc:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise
             self._update(client, step)
+        else:
+            if step.members:  # Incus 6.0 keeps what it was announced with: no description
+                self._update(client, step)
 
     def _read(self, client: IncusClient, step: Step) -> tuple[Obj, str | None]:
         response = client.get(path_of(step), project=self._project(step))

@@ -329,12 +329,17 @@ class _Assigner:
         return {r.key: result[r.key] for r in self.requests}
 
     def _rank(self, request: Request) -> int:
-        """First who names a card, then who has one, then the rest: nobody's card moves to a newcomer."""
+        """First who names a card, then who has one, then the rest: nobody's card moves to a newcomer.
+
+        Of those, the ones that can do without come last.
+        """
         spec = request.spec
         if spec is None or spec.get("pci") or spec.get("uuid") or spec.get("mig") or spec.get("all"):
             return 0
         there = {(c.location, c.pci) for c in self.cards}
-        return 1 if any((c.location, c.pci) in there for c in request.current) else 2
+        if any((c.location, c.pci) in there for c in request.current):
+            return 1
+        return 3 if spec.get("optional") else 2
 
     def _rivals(self, request: Request, card: Card | Claim, part: str = "") -> list[Claim]:
         claims = self.others + self.taken
@@ -342,19 +347,29 @@ class _Assigner:
 
     def _serve(self, request: Request) -> Assignment:
         out = Assignment(location=request.fixed or "")
-        if request.spec is None:
-            return self._by_hand(request, out)
         places = [request.fixed] if request.fixed is not None else self._by_room(request.members)
         chosen: list[tuple[Card, str, str]] = []
         problems: list[str] = []
         for place in places:
-            chosen, problem = self._choose(request, place)
+            if request.spec is None:
+                out.claims, problem = self._by_hand(request, place)
+            else:
+                chosen, problem = self._choose(request, place)
             if not problem:
                 out.location = place
                 break
             problems.append(f"{place}: {problem}" if len(places) > 1 else problem)
         else:
+            out.claims = []
             return self._without(request, out, "; ".join(problems) or "no member of the cluster may take it")
+        if request.spec is None:
+            # The user's own devices say which cards: they are counted, checked, and left as they are.
+            for claim in out.claims:
+                for card in self.cards:
+                    if (card.pci, card.location) == (claim.pci, claim.location):
+                        self._add(out, card, claim.part)
+            self._share(request, out)
+            return out
         gone = [c.pci for c in request.current if not self._exists(c)]
         if gone:
             out.notes.append(
@@ -381,32 +396,28 @@ class _Assigner:
         known = [c for c in self.cards if c.vendor in _VENDORS]
         return sorted(known, key=lambda c: list(_VENDORS).index(c.vendor))
 
-    def _by_hand(self, request: Request, out: Assignment) -> Assignment:
-        """The user's own devices say which cards: they are counted, checked, and left as they are."""
-        here = [c for c in self.cards if c.location == out.location]
-        out.claims = claims_of(
+    def _by_hand(self, request: Request, place: str) -> tuple[list[Claim], str]:
+        """What the user's own devices claim there; or what is wrong with that."""
+        here = [c for c in self.cards if c.location == place]
+        claims = claims_of(
             *request.key,
             request.inherited,
             here,
-            location=out.location,
+            location=place,
             status=request.status,
             by_profile=request.by_profile,
             declared=True,
         )
-        problems = (
-            [self._conflict(request, claim, claim.part) for claim in out.claims] if self.exclusive else []
-        )
-        problems = [p for p in problems if p]
-        if problems:
-            out.error = self._refusal(request, problems[0])
-            out.claims = []
-            return out
-        for claim in out.claims:
-            for card in here:
-                if card.pci == claim.pci:
-                    self._add(out, card, claim.part)
-        self._share(request, out)
-        return out
+        if place and not request.status:
+            there = {c.pci for c in here}
+            met = {c.device for c in claims if c.pci in there}
+            unmet = sorted(n for n, d in request.inherited.items() if d.get("type") == "gpu" and n not in met)
+            if unmet:
+                device = request.inherited[unmet[0]]
+                wanted = ", ".join(f"{k}: {device[k]}" for k in _SELECTORS if device.get(k)) or "any card"
+                return [], f"member {place} has no card for its device {unmet[0]} ({wanted})"
+        problems = [p for claim in claims if (p := self._conflict(request, claim, claim.part))]
+        return claims, problems[0] if problems else ""
 
     def _conflict(self, request: Request, card: Card | Claim, part: str = "") -> str:
         rivals = self._rivals(request, card, part)
@@ -527,10 +538,16 @@ class _Assigner:
         return "a slice needs nvidia.runtime: install nvidia-container-toolkit on the host"
 
     def _refusal(self, request: Request, problem: str) -> str:
+        if request.spec is None:
+            remedy = f"Correct the gpu device of {request.name}, or of its profile"
+            otherwise = ""
+        else:
+            remedy = f"Correct `gpu` of {request.name}"
+            otherwise = ", or write gpu: {optional: true} to do without"
         return (
             f"Machine {request.name} cannot have its GPU: {problem}. Cards on the server: {self._table()}."
             f"{self.hint}"
-            f" Correct `gpu` of {request.name} in infra.yml, or write gpu: {{optional: true}} to do without."
+            f" {remedy} in infra.yml{otherwise}."
         )
 
     def _table(self) -> str:

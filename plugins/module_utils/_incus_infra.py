@@ -86,6 +86,8 @@ def make_plan(
         pools = {str(v["pool"]) for v in volumes if v.get("pool")} | state.pools_in_use(snapshot)
         state.read_volumes(client, snapshot, pools)
     new = missing(snapshot, desired)
+    if set(names(desired, "networks")) - {k for k, n in snapshot.networks.items() if not state.pending(n)}:
+        state.read_members(client, snapshot)
     there = {(project, name) for project, _pool, name in snapshot.volumes}
     if new or set(names(desired, "volumes")) - there:
         state.read_pools(client, snapshot)

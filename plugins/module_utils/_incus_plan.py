@@ -37,6 +37,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     lists_stale_cards,
     location_of,
     parse_url,
+    pending,
 )
 
 # The order in which steps are carried out; those of one phase run side by side.
@@ -124,6 +125,8 @@ class Step:
     # To create: the body of the POST. To update: what is declared, laid over what is found then.
     body: Obj | None = None
     target: Obj = dataclasses.field(default_factory=dict)
+    # Of a cluster, where it has to be announced before it is made.
+    members: list[str] = dataclasses.field(default_factory=list)
     query: dict[str, str] = dataclasses.field(default_factory=dict)
     image: tuple[str, str] | None = None
     start: bool = False
@@ -382,6 +385,8 @@ class Planner:
     def _network(self, obj: Obj) -> None:
         project, name = str(obj.get("project") or "default"), str(obj["name"])
         current = self.there.networks.get((project, name))
+        if current is not None and pending(current):
+            current = None
         self._project_known(project, f"Network {name}")
         if current is not None and not current.get("managed", True):
             self.plan.errors.append(
@@ -391,6 +396,7 @@ class Planner:
             return
         kind = str(obj.get("type") or "bridge")
         step = Step("network", project, name, phase=BASE, target=self._target(obj))
+        step.members = [str(m["server_name"]) for m in self.there.members]
         self._settle(step, current, {"name": name, "type": kind}, immutable=["type"])
 
     def _volume(self, obj: Obj) -> None:
@@ -691,7 +697,9 @@ class Planner:
         started = bool(obj.get("started", True)) and self.options.start
         if current is None:
             self._create(step, obj, itype, started)
+            self._volumes_to(step, step.query.get("target", ""))
             return
+        self._volumes_to(step, location_of(current))
         self._immutable(step, obj, current, itype)
         self._settle(step, current, {"name": name})
         if step.after is None:
@@ -703,6 +711,14 @@ class Planner:
         elif started and status != RUNNING:
             step.start, step.action = True, "started"
             step.why = f"it was {str(current.get('status') or 'stopped').lower()}"
+
+    def _volumes_to(self, step: Step, member: str) -> None:
+        """On a cluster, new volumes are made on the member of the machine that mounts them."""
+        if not member or member.startswith("@"):
+            return
+        for volume in self.plan.steps:
+            if volume.kind == "volume" and volume.body is not None and volume.key in step.needs:
+                volume.query.setdefault("target", member)
 
     def _create(self, step: Step, obj: Obj, itype: str, started: bool) -> None:
         wanted = (str(obj.get("image") or ""), itype)

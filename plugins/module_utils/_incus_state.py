@@ -136,13 +136,28 @@ def read_aliases(client: IncusClient, snapshot: Snapshot) -> None:
     snapshot.aliases = list(client.get("/1.0/images/aliases", query={"recursion": 1}).metadata or [])
 
 
+def clustered(snapshot: Snapshot) -> bool:
+    return bool((snapshot.server.get("environment") or {}).get("server_clustered"))
+
+
+def pending(network: Mapping[str, Any]) -> bool:
+    """Whether it was announced to members of a cluster and then never made."""
+    return network.get("status") == "Pending"
+
+
+def read_members(client: IncusClient, snapshot: Snapshot) -> None:
+    """The members of a cluster; none of a lone server."""
+    if clustered(snapshot) and not snapshot.members:
+        snapshot.members = client.get("/1.0/cluster/members", query={"recursion": 1}).metadata or []
+
+
 def read_resources(client: IncusClient, snapshot: Snapshot, parallel: int = 8) -> None:
     """The hardware: of a lone server, or of each member of a cluster that is online, side by side."""
-    if not (snapshot.server.get("environment") or {}).get("server_clustered"):
+    if not clustered(snapshot):
         snapshot.resources = client.get("/1.0/resources").metadata or {}
         snapshot.member_resources = {"": snapshot.resources or {}}
         return
-    snapshot.members = client.get("/1.0/cluster/members", query={"recursion": 1}).metadata or []
+    read_members(client, snapshot)
     online = [str(m["server_name"]) for m in snapshot.members if m.get("status") == "Online"]
 
     def ask(member: str) -> Obj:

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,10 @@ class Daemon:
 
     # Start
 
+    def command(self, argv: list[str]) -> list[str]:
+        """What runs the daemon, under the same process id, where it finds its machine as it should."""
+        return self.cards.command(argv) if self.cards else argv
+
     def launch(self) -> None:
         daemon = incus_host.find_daemon()
         if not daemon:
@@ -168,16 +172,9 @@ class Daemon:
         env = {key: value for key, value in os.environ.items() if not key.startswith("INCUS_")}
         env["INCUS_DIR"] = str(self.incus_dir)
         env["PATH"] = f"{Path(daemon).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
-        command = [daemon, "--logfile", str(self.log)]
-        if self.cards:
-            command = self.cards.command(command)
-        host = str(self.record.get("host") or "")
-        if host:
-            # Members of a cluster are told apart by the names of their hosts.
-            command = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host, *command]
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                command,
+                self.command([daemon, "--logfile", str(self.log)]),
                 env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
             )  # fmt: skip
         with contextlib.suppress(OSError, ValueError):
@@ -465,13 +462,9 @@ def create(
     image: bool = False,
     gpu: int | None = None,
     stays: bool = False,
-    host: str = "",
+    make: Callable[[Path], Daemon] = Daemon,
 ) -> Daemon:
-    """
-    Start a daemon in a fresh folder and wait until it is ready.
-
-    gpu: how many cards it sees. host: the host name that it sees, if another than this machine's.
-    """
+    """Start a daemon in a fresh folder and wait until it is ready. gpu: how many cards it sees."""
     reasons = probe()
     if reasons:
         raise DaemonError(
@@ -484,7 +477,7 @@ def create(
             f"{base_folder()} is too long a path for the sockets below it; set SOTTOVOCE_TEST_DIR."
         )
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base_folder()))
-    daemon = Daemon(folder)
+    daemon = make(folder)
     try:
         # Containers' users must be able to reach their files below.
         folder.chmod(0o711)
@@ -498,7 +491,6 @@ def create(
             stays=stays,
             id="".join(secrets.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(4)),
             octet=octets[0],
-            host=host,
         )
         if gpu is not None:
             cards = simulated_gpu.Cards(folder / "gpu")
@@ -524,48 +516,6 @@ def running(**options: Any) -> Iterator[Daemon]:
         yield daemon
     finally:
         daemon.remove()
-
-
-@contextlib.contextmanager
-def cluster(cards: dict[str, int], *, size: str = "5GiB") -> Iterator[dict[str, Daemon]]:
-    """
-    A real cluster on this one machine for the time of a with block.
-
-    cards: the members' names, and how many cards each sees. They have a btrfs pool named default. Bridges
-    cannot be made in it: the members share this machine's network, where each name is there once.
-    """
-
-    def incus(daemon: Daemon, *arguments: str, said: str = "") -> str:
-        done = subprocess.run(
-            ["incus", *arguments], env={**os.environ, **daemon.environment}, input=said,
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            raise DaemonError(f"incus {' '.join(arguments)}: {done.stderr}\n{daemon.log_tail()}")
-        return done.stdout
-
-    with contextlib.ExitStack() as stack:
-        members: dict[str, Daemon] = {}
-        for number, (name, count) in enumerate(cards.items(), 2):
-            member = members[name] = stack.enter_context(running(pool="none", gpu=count, host=name))
-            first = next(iter(members.values()))
-            address = f"127.{first.record['octet']}.0.{number}:8443"
-            if member is first:
-                incus(member, "config", "set", f"core.https_address={address}")
-                incus(member, "cluster", "enable", name)
-                continue
-            joining = {
-                "enabled": True,
-                "server_name": name,
-                "server_address": address,
-                "cluster_token": incus(first, "cluster", "add", name).split()[-1],
-            }
-            incus(member, "admin", "init", "--preseed", said=json.dumps({"cluster": joining}))
-        for name in members:
-            incus(first, "storage", "create", "default", "btrfs", f"size={size}", f"--target={name}")
-        incus(first, "storage", "create", "default", "btrfs")
-        first.import_image()
-        yield members
 
 
 def run(command: list[str], **options: Any) -> int:

@@ -182,6 +182,8 @@ class FakeServer:
             if kind == "volumes":
                 keys = [k for k in keys if k[1] == key[1]]
             return Response(200, [self.show(kind, k) for k in keys])
+        if whole and method == "POST" and kind == "networks" and self.members:
+            return self._create_on_members(key[0], body, query.get("target"))
         if whole and method == "POST":
             return self._create(kind, (*key, body["name"]), {**body, **self._location(kind, query)})
         if key not in objects:
@@ -230,7 +232,7 @@ class FakeServer:
         return Response(200, found, now)
 
     def _location(self, kind: str, query: dict[str, str]) -> Obj:
-        return {"location": query["target"]} if kind == "instances" and query.get("target") else {}
+        return {"location": query["target"]} if query.get("target") else {}
 
     def _addresses(self) -> None:
         seen: dict[tuple[str, str], Any] = {}
@@ -262,6 +264,26 @@ class FakeServer:
                 raise
             if started:
                 self._state(key, {"action": "start"})
+        return Response(200, {})
+
+    def _create_on_members(self, project: str, body: Obj, member: str | None) -> Response:
+        """Every member has to be told of a network, without its configuration, before it can be made."""
+        key = (project, body["name"])
+        found = self.objects["networks"].get(key)
+        if member:
+            assert body.keys() == {"name", "type"}
+            if found is None:
+                self.add("networks", key, {**body, "status": "Pending", "locations": []})
+                found = self.objects["networks"][key]
+            if member in found["locations"]:
+                raise IncusConflict("Network is already defined on member", code=409)
+            found["locations"].append(member)
+            return Response(200, {})
+        if found is None or set(found["locations"]) != {m["server_name"] for m in self.members}:
+            raise IncusError("Network not defined on every member", code=400)
+        if found["status"] != "Pending":
+            raise IncusConflict("It already exists", code=409)
+        found.update({**body, "description": found["description"]}, status="Created")
         return Response(200, {})
 
     def _state(self, key: tuple[str, ...], body: Obj) -> Response:

@@ -246,6 +246,14 @@ def test_a_taken_device_name_is_avoided() -> None:
     assert list(give(want("m", {"gpu0": {"type": "disk"}}))["m"].devices) == ["gpu1"]
 
 
+def test_a_newcomer_that_can_do_without_is_served_last() -> None:
+    found = give(want("a", optional=True), want("b"), cards=ONE)
+    assert (pcis(found["a"]), pcis(found["b"])) == ([], [A])
+    there = give(want("a", optional=True, current=[A]), want("b"), cards=ONE)
+    assert pcis(there["a"]) == [A]
+    assert "2 ask for one: a, b" in there["b"].error
+
+
 def at(member: str, *pci: str) -> list[gpu.Card]:
     return [gpu.Card(p, "10de", "card", location=member) for p in pci]
 
@@ -263,6 +271,29 @@ def test_a_member_with_room_is_chosen_and_kept() -> None:
     nobody = give(want("new", fixed=None, members=["m2", "m3"]), cards=cards, others=busy)["new"].error
     assert "m3: member m3 has no GPU" in nobody
     assert f"{A} card on m2, with x/y" in nobody
+
+
+@pytest.mark.parametrize("device", [{"pci": B.removeprefix("0000:")}, {"vendorid": "10de"}, {}])
+def test_a_device_by_hand_is_placed_where_it_finds_a_card(device: dict[str, str]) -> None:
+    cards = at("m2", B)
+    new = dataclasses.replace(by_hand("new", **device), fixed=None, members=["m1", "m2"])
+    found = give(new, cards=cards)["new"]
+    assert (found.location, pcis(found)) == ("m2", [B])
+    assert [c["pci"] for c in found.cards] == [B]
+    assert found.claims[0].location == "m2"
+
+    holder = gpu.Claim("x", "y", B, location="m2")
+    error = give(new, cards=cards, others=[holder])["new"].error
+    assert "m1: member m1 has no card for its device g" in error
+    assert f"m2: card {B} belongs to machine y of project x" in error
+    shared = give(new, cards=cards, others=[holder], exclusive=False)["new"]
+    assert (shared.location, pcis(shared)) == ("m2", [B])
+
+    named = dataclasses.replace(new, fixed="m1", members=[])
+    assert "member m1 has no card for its device g" in give(named, cards=cards)["new"].error
+    # A machine that is there is not held up by a card that is gone.
+    there = dataclasses.replace(named, status="Running")
+    assert give(there, cards=cards)["new"].error == ""
 
 
 def test_leases_are_told_apart_by_member_and_slice() -> None:

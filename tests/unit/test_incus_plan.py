@@ -740,3 +740,42 @@ def test_a_member_with_a_free_card_is_chosen_and_kept(tools: FakeServer, target:
     assert "on m3, with a/two" in refused(tools, more)
     plain = desired(*wanted["instances"], gpu_machine("three", 3, target="m1"))
     assert "member m1 has no GPU" in refused(tools, plain)
+
+
+@pytest.mark.parametrize("announced", [[], ["m1"]])
+def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announced: list[str]) -> None:
+    """A run that was killed in between left it pending: the next one goes on."""
+    clustered(tools)
+    wanted = desired(machine("one"))
+    (network,) = wanted["networks"]
+    network["description"] = "Domain a"
+    name = network["name"]
+    for member in announced:
+        FakeClient(tools).request(
+            "POST", "/1.0/networks", query={"target": member}, body={"name": name, "type": "bridge"}
+        )
+    told = run(tools, wanted, check=True)
+    assert [r["action"] for r in told["resources"] if r["kind"] == "network"] == ["created"]
+    run(tools, wanted)
+    made = tools.objects["networks"]["default", name]
+    assert (made["status"], made["locations"]) == ("Created", ["m1", "m2", "m3", "m4"])
+    assert made["description"] == "Domain a"
+    assert made["config"].items() >= network["config"].items()
+    tools.log.clear()
+    assert run(tools, wanted)["changed"] is False
+    assert ("GET", "/1.0/cluster/members") not in tools.log
+
+
+def test_a_new_volume_goes_to_the_member_of_its_machine(tools: FakeServer) -> None:
+    clustered(tools)
+    disk = {"type": "disk", "source": "data", "pool": "default", "path": "/srv/data"}
+    volume = {"project": "a", "name": "data", "pool": "default", "config": {}}
+    one = gpu_machine("one")
+    one["devices"]["data"] = disk
+    wanted = desired(one, volumes=[volume])
+    run(tools, wanted)
+    assert tools.objects["volumes"]["a", "default", "data"]["location"] == "m2"
+    later = {**volume, "name": "more"}
+    one["devices"]["more"] = {**disk, "source": "more", "path": "/srv/more"}
+    run(tools, desired(one, volumes=[volume, later]))
+    assert tools.objects["volumes"]["a", "default", "more"]["location"] == "m2"
