@@ -192,9 +192,9 @@ def lists_stale_cards(server: Mapping[str, Any]) -> bool:
     return bool(numbers) and (numbers < (6, 0, 6) or (6, 1) <= numbers[:2] < (7, 3))
 
 
-def nvidia_hook(environ: Mapping[str, str] = os.environ) -> bool:
+def nvidia_hook() -> bool:
     """Whether LXC's hook that nvidia.runtime needs is on this host, where Incus looks for it."""
-    return os.path.exists(os.path.join(environ.get("INCUS_LXC_HOOK") or "/usr/share/lxc/hooks", "nvidia"))
+    return os.path.exists(os.path.join(os.environ.get("INCUS_LXC_HOOK") or "/usr/share/lxc/hooks", "nvidia"))
 
 
 def nvidia_slices(timeout: float = 15.0) -> str | None:

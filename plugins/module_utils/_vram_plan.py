@@ -269,7 +269,8 @@ def _fitting(
         if tried.ok:
             cost = sum(part[0] for part in way)
             found.append((cost, -tried.need_mib, repr(sorted(told)) + repr(tried.mix), tried, told))
-    return [(tried, told) for *_unused, tried, told in sorted(found, key=lambda item: item[:3])]
+    found.sort(key=lambda item: item[:3])
+    return [(tried, told) for *_unused, tried, told in found]
 
 
 # Cards that people buy, MiB as nvidia-smi shows them (public listings; yours wins).

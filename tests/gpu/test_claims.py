@@ -20,11 +20,11 @@ from simulated_gpu import Cards
 WANTED: dict[str, Any] = {"speech": {"gpu": True}}
 
 
-def refused(site: Site, machines: dict[str, Any] = WANTED) -> str:
+def refused(site: Site, machines: dict[str, Any] | None = None) -> str:
     """The message with which a run is refused that changes nothing."""
     before = leases()
     with pytest.raises(InfraError) as caught:
-        site.apply(machines)
+        site.apply(machines or WANTED)
     assert caught.value.result["changed"] is False
     assert site.names() == set()
     assert leases() == before

@@ -72,8 +72,9 @@ def foreign(**device: str) -> list[gpu.Claim]:
     return gpu.claims_of("other", "box", devices, CARDS, status="Stopped", by_profile={"card": "ai"})
 
 
-def give(*wanted: gpu.Request, cards: list[gpu.Card] = CARDS, **more: Any) -> dict[str, gpu.Assignment]:
-    found = gpu.assign(list(wanted), cards, more.pop("others", []), **more)
+def give(*wanted: gpu.Request, cards: list[gpu.Card] | None = None, **more: Any) -> dict[str, gpu.Assignment]:
+    known = CARDS if cards is None else cards
+    found = gpu.assign(list(wanted), known, more.pop("others", []), **more)
     return {name: assignment for (_p, name), assignment in found.items()}
 
 
