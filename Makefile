@@ -9,7 +9,7 @@ PLAYBOOK := $(BIN)/ansible-playbook -i $(INVENTORY)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup apply check status verify destroy test lint unit sanity e2e bench lock build clean
+.PHONY: help setup apply check plan status health doctor verify destroy test lint unit sanity e2e bench lock build clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,8 +38,17 @@ apply: setup ## Make the machine as infra.yml says, and say a sentence to it
 check: setup ## Show what apply would change
 	$(PLAYBOOK) playbooks/check.yml --check --diff $(ARGS)
 
+plan: setup ## Show what lives on each card, and whether it fits (needs neither Incus nor a card)
+	$(PLAYBOOK) playbooks/plan.yml $(ARGS)
+
 status: setup ## Show machines, services, models and free memory
 	$(PLAYBOOK) playbooks/status.yml $(ARGS)
+
+doctor: setup ## Show what keeps this host's GPU from its machines, and what mends it
+	$(PLAYBOOK) playbooks/doctor.yml $(ARGS)
+
+health: setup ## Show who uses the VRAM of each machine; fails where it is not as it should be
+	$(PLAYBOOK) playbooks/health.yml $(ARGS)
 
 verify: setup ## Ask every service for its health and say the sentence again
 	$(PLAYBOOK) playbooks/verify.yml $(ARGS)

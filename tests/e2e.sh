@@ -3,6 +3,7 @@
 # machine, if there is one, is neither needed nor touched; only packages are installed when they are missing.
 #
 #   tests/e2e.sh [pytest arguments]     (with arguments: only pytest, on a daemon of its own)
+#   tests/e2e.sh gpu [pytest arguments] (the same where simulated NVIDIA cards are seen; without: tests/gpu)
 set -eu
 cd "$(dirname "$0")/.."
 bin=.venv/bin
@@ -35,6 +36,11 @@ if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; the
     skipped+=("tests/e2e/test_browser.py: Chromium could not be installed")
 fi
 
+if [ "${1-}" = gpu ]; then
+  shift
+  [ $# -gt 0 ] || set -- tests/gpu
+  exec $bin/python tests/support/incusd.py run --gpu 1 --image -- $bin/pytest "$@"
+fi
 if [ $# -gt 0 ]; then
   exec $bin/python tests/support/incusd.py run --image -- $bin/pytest "$@"
 fi
@@ -42,4 +48,12 @@ $bin/python tests/support/incusd.py run --image -- bash -ec "
   $bin/molecule test
   $bin/pytest tests/e2e
   $bin/pytest -m incus tests/unit
+"
+if ! reason=$($bin/python tests/support/incusd.py probe --gpu); then
+  skipped+=("molecule/gpu and tests/gpu: $reason")
+  exit 0
+fi
+$bin/python tests/support/incusd.py run --gpu 1 --image -- bash -ec "
+  $bin/molecule test -s gpu
+  $bin/pytest tests/gpu
 "

@@ -15,11 +15,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils import _ollama_sou
 display = Display()
 
 # One look: machine, installed release, program that runs now, device nodes of a GPU.
-LOOK = (
-    "uname -m; readlink /opt/ollama/current || echo; "
-    "readlink /proc/$(systemctl show -P MainPID ollama.service 2>/dev/null)/exe || echo; "
-    "ls /dev/nvidiactl 2>/dev/null || true"
-)
+LOOK = "uname -m; readlink /opt/ollama/current || echo; ls /dev/nvidiactl 2>/dev/null || true"
 
 ARGUMENTS = {
     "version": {"type": "str", "required": True},
@@ -47,7 +43,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         _validation, args = self.validate_argument_spec(argument_spec=ARGUMENTS)
         look = self._low_level_execute_command(LOOK)
         lines = str(look.get("stdout", "")).splitlines()
-        if look.get("rc", 1) != 0 or len(lines) < 3:
+        if look.get("rc", 1) != 0 or len(lines) < 2:
             raise AnsibleActionFail(f"The instance cannot be looked at: {look.get('stderr') or look}")
         machine, link = lines[0].strip(), lines[1].strip()
         arch = _ollama_source.ARCHITECTURES.get(machine)
@@ -71,10 +67,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]
         result: dict[str, Any] = {
             "changed": False,
             "arch": arch,
-            "gpu": any(line.startswith("/dev/") for line in lines[3:]),
+            "gpu": any(line.startswith("/dev/") for line in lines[2:]),
             "installed": installed,
-            # Empty when nothing runs; differs from what is installed when an earlier run ended too early.
-            "running": lines[2].removeprefix("/opt/ollama/releases/").split("/")[0].strip(),
             "release": installed,
             "install": False,
             "skipped_sources": [],

@@ -49,16 +49,42 @@ def _expand(path: str, base: str) -> str:
     return os.path.normpath(os.path.join(base or ".", os.path.expanduser(path))) if path else ""
 
 
+def _ctranslate2(root: Path, request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the version of CTranslate2 in each engine; empty where it is not known."""
+    lock = root / "requirements.lock"
+    found = (
+        re.search(r"^ctranslate2==(\S+)", lock.read_text(encoding="utf-8"), re.MULTILINE)
+        if lock.is_file()
+        else None
+    )
+    # Of another Speaches than the pinned one the lock is not looked at.
+    pinned = request.get("speaches_digest")
+    pinned_digest = pinned == _stt.SPEACHES_DIGEST and request["speaches_source_digest"] in ("", pinned)
+    return {
+        "builtin": found[1] if found else "",
+        "speaches": _stt.SPEACHES_CTRANSLATE2 if pinned_digest else "",
+    }
+
+
 def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> dict[str, Any]:
     """Return what is asked of a machine: the settings (without prefix), with digests of local sources."""
     if not isinstance(settings, Mapping):
         raise AnsibleFilterError("stt_request takes a mapping of settings")
     request: dict[str, Any] = dict(settings)
+    planned = request.pop("planned", None) or {}
+    if request["model"] == _stt.AUTO:
+        request["model"] = planned.get("model", _stt.DEFAULT_MODEL)
+    if request["quantization"] == _stt.AUTO and planned:
+        request["quantization"] = planned["quantization"]
+    settings = request.copy()
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
     try:
         choice = _stt.resolve_model(str(settings["model"]), base)
     except _stt.SttError:
         choice = _stt.Choice(asked=str(settings["model"]), name="")  # already among the problems
+    if request.get("tts_model"):
+        # The built-in engine does not speak, and Open WebUI is told beforehand that somebody does.
+        request["engine_fallback"] = ""
     request["model"] = asdict(choice)
     request["model_digest"] = _model_digest(choice.path, problems, "stt_server_model")
     fallback = _expand(str(settings.get("fallback_model") or ""), base)
@@ -85,6 +111,7 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
         request["gateway_version"] = version[1] if version else ""
     elif "builtin" in (settings.get("engine"), settings.get("engine_fallback")):
         problems.append(f"the collection is not whole: there is no {root}/pyproject.toml.")
+    request["ctranslate2"] = _ctranslate2(root, request)
     cuda_lock = root / "requirements-cuda.lock"
     request["cuda_lock"] = _stt.stamp(cuda_lock.read_text(encoding="utf-8")) if cuda_lock.is_file() else ""
     request["problems"] = problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ansible_collections.sottovoce.stack.plugins.module_utils import _summary
+from ansible_collections.sottovoce.stack.plugins.module_utils import _summary, _vram_text
 
 
 class FilterModule:
@@ -24,4 +24,7 @@ class FilterModule:
             "infra_summary": _summary.infra_summary,
             "apply_summary": _summary.apply_summary,
             "status_table": _summary.status_table,
+            "has_card": _summary.has_card,
+            "vram_report": _vram_text.vram_report,
+            "vram_problems": _vram_text.vram_problems,
         }

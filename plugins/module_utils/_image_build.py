@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,12 +27,31 @@ import typing as t
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from urllib.parse import quote
 
+from ansible_collections.sottovoce.stack.plugins.module_utils._apt_sources import image_sources, read_sources
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
     IncusClient,
     IncusError,
     IncusNotFound,
 )
-from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images import candidates, find_alias
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images import (
+    candidates,
+    find_alias,
+    probe_server,
+)
+
+# What a look needs, and how architectures are called where there is no dpkg.
+LOOK_SPEC = {
+    "alias": {"type": "str", "default": "sottovoce/debian/12"},
+    "distribution": {"type": "str", "default": "debian"},
+    "release": {"type": "str", "default": "bookworm"},
+    "components": {"type": "list", "elements": "str", "default": ["main"]},
+    "architecture": {"type": "str", "default": ""},
+    "packages": {"type": "list", "elements": "str", "required": True},
+    "needed_by": {"type": "list", "elements": "dict"},
+    "image_server": {"type": "str", "default": "https://images.linuxcontainers.org"},
+    "max_age": {"type": "float", "default": 30},
+}
+MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "armhf", "riscv64": "riscv64"}
 
 # Part of the digest: raise it whenever HOOKS or the templates change what is built.
 RECIPE_FORMAT = 1
@@ -459,3 +479,81 @@ def _drop_replaced(client: IncusClient, fingerprint: str) -> None:
     except IncusError:
         # It costs space only, and the new image is in place.
         return
+
+
+def host_architecture() -> str:
+    """Of this machine, as Debian calls it."""
+    try:
+        answer = subprocess.run(
+            ["dpkg", "--print-architecture"], capture_output=True, text=True, timeout=10, check=True
+        )
+        return answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return MACHINES.get(platform.machine(), platform.machine())
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """
+    Whether an image must be built: then recipe says of what.
+
+    result: what a module returns of it; target: fingerprint of the image there is, or nothing; before: what
+    that image was made of.
+    """
+
+    result: dict[str, t.Any]
+    recipe: Recipe | None = None
+    target: str | None = None
+    before: dict[str, t.Any] = dataclasses.field(default_factory=dict)
+
+
+def look(client: IncusClient, params: Mapping[str, t.Any], *, force: bool = False) -> Look:
+    """Ask Incus, and the image server if it matters. params: as LOOK_SPEC says."""
+    alias = params["alias"]
+    aliases = client.get("/1.0/images/aliases", query={"recursion": 1}).metadata or []
+    target = next((str(a["target"]) for a in aliases if a["name"] == alias), None)
+    result: dict[str, t.Any] = {
+        "changed": False,
+        "would_change": False,
+        "tools_missing": tools_missing(),
+        "needed": True,
+        "image": alias if target else "",
+        "socket": "" if client.endpoint.url else client.endpoint.path,
+    }
+    if target:
+        result["fingerprint"] = target
+
+    if params["needed_by"] is not None and not force:
+        existing = client.get("/1.0/instances", query={"all-projects": True}).metadata or []
+        missing = missing_instances(params["needed_by"], existing)
+        if not wants_fallback(missing, aliases):
+            why = "images of all new containers are local" if missing else "all containers exist"
+            return Look({**result, "needed": False, "reason": why})
+
+    recipe = Recipe(
+        distribution=params["distribution"],
+        release=params["release"],
+        architecture=params["architecture"] or host_architecture(),
+        packages=tuple(params["packages"]),
+        components=tuple(params["components"]),
+        sources=tuple(image_sources(read_sources(), params["release"], params["components"])),
+    )
+    why, before = f"there is no image {alias}", {}
+    if target:
+        properties = client.get(f"/1.0/images/{target}").metadata.get("properties") or {}
+        before = {"alias": alias, **{k: v for k, v in properties.items() if k.startswith("sottovoce.")}}
+        current, why = is_current(properties, recipe.digest, params["max_age"], time.time())
+        if RECIPE_PROPERTY not in properties and not force:
+            # Somebody's own image under that name: it is theirs to refresh.
+            reason = f"{alias} is not an image of this module; it is used as it is"
+            return Look({**result, "reason": reason}, target=target)
+        if current and not force:
+            return Look({**result, "reason": "the image is current"}, target=target)
+    if force:
+        why = "force is set"
+    elif params["image_server"]:
+        unreachable = probe_server(params["image_server"])
+        if not unreachable:
+            return Look({**result, "needed": False, "reason": f"{params['image_server']} answers"})
+        why += f", and {params['image_server']} does not answer ({unreachable})"
+    return Look({**result, "would_change": True, "reason": why}, recipe, target, before)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import queue
@@ -14,9 +15,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_gpu as gpu
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
     IncusConflict,
     IncusError,
+    IncusForbidden,
     IncusNotFound,
     IncusOperationFailed,
     IncusPreconditionFailed,
@@ -32,16 +35,30 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images impo
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_plan import (
     PROTECTION,
     RELEASE,
+    RUNTIME,
     Plan,
     Step,
 )
-from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state import RUNNING, STOPPED, Key, Obj
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state import (
+    RUNNING,
+    STOPPED,
+    Key,
+    Obj,
+    location_of,
+    nvidia_tools_say,
+)
 
 if TYPE_CHECKING:
     from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusClient
 
 ATTEMPTS = 5
 LOG_LINES = 20
+# Seconds after which a lease whose instance does not have the card counts as left behind: until then another
+# run may be about to make it.
+LEASE_GRACE = 15.0
+# Seconds between taking a lease and looking whether it stands. Incus compares If-Match before it opens its
+# transaction, so of two writes at the same instant both are accepted and the last one stands.
+LEASE_SETTLE = 0.3
 
 
 @dataclasses.dataclass
@@ -90,6 +107,8 @@ class Applier:
         image_server: str = "",
         image_fallback: str | None = None,
         aliases: list[Obj] | None = None,
+        cards: list[gpu.Card] | None = None,
+        leases: dict[str, gpu.Claim] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -102,9 +121,12 @@ class Applier:
         self.image_server = image_server
         self.image_fallback = image_fallback
         self.aliases = aliases or []
+        self.cards = cards or []
         self.clock = clock
         self.sleep = sleep
         self.outcome = Outcome()
+        # When a lease of somebody else was seen first.
+        self._seen = {(key, lease.key): clock() for key, lease in (leases or {}).items()}
         self._guard = threading.Lock()
         self._bridges = threading.Lock()
         self._idle: queue.SimpleQueue[IncusClient] = queue.SimpleQueue()
@@ -214,12 +236,21 @@ class Applier:
                 self.sleep(0.5)
 
     def _create(self, client: IncusClient, step: Step) -> None:
+        for member in step.members:
+            with contextlib.suppress(IncusConflict):  # announced by an earlier run
+                body = {"name": step.name, "type": (step.body or {})["type"]}
+                where = {"target": member}
+                self._run(client, "POST", path_of(step, collection=True), step, body=body, query=where)
         try:
-            self._run(client, "POST", path_of(step, collection=True), step, body=step.body)
+            collection = path_of(step, collection=True)
+            self._run(client, "POST", collection, step, body=step.body, query=step.query or None)
         except IncusError as exc:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise
             self._update(client, step)
+        else:
+            if step.members:  # Incus 6.0 keeps what it was announced with: no description
+                self._update(client, step)
 
     def _read(self, client: IncusClient, step: Step) -> tuple[Obj, str | None]:
         response = client.get(path_of(step), project=self._project(step))
@@ -248,9 +279,99 @@ class Applier:
             f"somebody else changed it at the same moment, {ATTEMPTS} times in a row. Run again after that."
         )
 
+    # leases of cards
+
+    def _lease(self, client: IncusClient, step: Step) -> None:
+        """Reserve the cards that a machine is given now; IncusError if somebody else was faster.
+
+        The lease is compared and written under the ETag of the server's configuration, so two runs at the
+        same time, from two controllers, cannot both have a card.
+        """
+        if not step.leases:
+            return
+        mine = f"{step.project}/{step.name}"
+        for _attempt in range(10 * ATTEMPTS):
+            response = client.get("/1.0")
+            config = (response.metadata or {}).get("config")
+            if config is None:
+                self._no_lease(step, "this client may not see the server's configuration")
+                return
+            rivals = gpu.rivals(step.leases, gpu.leases_of(config))
+            body = {key: mine for claim in step.leases if config.get(key := gpu.lease_key(claim)) != mine}
+            body = {**dict.fromkeys(rivals, ""), **body}
+            if not body:
+                return
+            if not self._left_behind(client, step, rivals):
+                self.sleep(1.0)
+                continue
+            try:
+                client.run("PATCH", "/1.0", body={"config": body}, etag=response.etag)
+            except IncusPreconditionFailed:
+                continue
+            except IncusForbidden as exc:
+                self._no_lease(step, str(exc))
+                return
+            self.sleep(LEASE_SETTLE)
+        raise IncusError("the server's configuration is changed by somebody else all the time. Run again.")
+
+    def _left_behind(self, client: IncusClient, step: Step, rivals: dict[str, gpu.Claim]) -> bool:
+        """Whether all these leases are of instances that are gone or no longer have the card."""
+        fresh = False
+        given = [claim for s in self.plan.steps for claim in s.gives]
+        for key, lease in rivals.items():
+            if any(claim.key == lease.key and claim.meets(lease, lease.part) for claim in given):
+                continue  # two machines of this very run that swap cards
+            try:
+                found = client.get(f"/1.0/instances/{quote(lease.name, safe='')}", project=lease.project)
+            except IncusNotFound:
+                claims = []
+            else:
+                there: Obj = found.metadata or {}
+                where = location_of(there)
+                claims = gpu.claims_of(*lease.key, there.get("expanded_devices"), self.cards, location=where)
+            if any(claim.meets(lease, lease.part) for claim in claims):
+                raise IncusError(
+                    f"card {lease.pci} was given to machine {lease.name} of project {lease.project} by"
+                    " another run at the same moment, and gpu_policy is exclusive: nothing of this machine"
+                    " was changed. Keep `gpu` in one of them, or set global.gpu_policy: shared (the server's"
+                    f" configuration says {key}: {lease.project}/{lease.name})."
+                )
+            with self._guard:
+                since = self._seen.setdefault((key, lease.key), self.clock())
+            fresh = fresh or self.clock() - since < LEASE_GRACE
+        return not fresh
+
+    def _no_lease(self, step: Step, why: str) -> None:
+        with self._guard:
+            self.outcome.notes.append(
+                f"No lease was taken for the card of {step.name} ({why}): runs from two controllers at the"
+                " same moment are not kept apart. Use a client that may configure the server, or run one at a"
+                " time."
+            )
+
+    def _unlease(self, client: IncusClient, step: Step) -> None:
+        """Give back the leases of cards that a machine no longer has."""
+        if not step.unlease:
+            return
+        mine = f"{step.project}/{step.name}"
+        for _attempt in range(ATTEMPTS):
+            response = client.get("/1.0")
+            config = (response.metadata or {}).get("config") or {}
+            body = {key: "" for key in step.unlease if config.get(key) == mine}
+            if not body:
+                return
+            try:
+                client.run("PATCH", "/1.0", body={"config": body}, etag=response.etag)
+            except IncusPreconditionFailed:
+                continue
+            except IncusForbidden:
+                pass  # a lease that is left behind is taken over
+            return
+
     # instances
 
     def _create_instance(self, client: IncusClient, step: Step) -> None:
+        self._lease(client, step)
         body = dict(step.body or {})
         if step.image in self._reserve:
             body["source"] = {"type": "image", "alias": self._reserve[step.image]}
@@ -290,22 +411,36 @@ class Applier:
         except IncusError:
             return ""
         lines = sink.getvalue().decode("utf-8", "replace").strip().splitlines()
-        telling = [line for line in lines if " ERROR " in line or " WARN " in line] or lines
+        # What a hook says itself is logged at a lower level than the error that it leads to.
+        said = (" ERROR ", " WARN ", "produced output")
+        telling = [line for line in lines if any(x in line for x in said)] or lines
         if not telling:
             return ""
-        return f"\nEnd of {step.name}'s lxc.log:\n" + "\n".join(f"  {x}" for x in telling[-LOG_LINES:])
+        hint = ""
+        if (step.target.get("config") or {}).get(RUNTIME) == "true":
+            # The hook's own words are logged only where Incus runs with --debug: ask what it asks.
+            told = nvidia_tools_say() if client.endpoint.url is None else ""
+            hint = "\nnvidia.runtime is set: `nvidia-container-cli info` on the host " + (
+                f"says\n  {told}" if told else "shows whether that works."
+            )
+        shown = "\n".join(f"  {x}" for x in telling[-LOG_LINES:])
+        return f"\nEnd of {step.name}'s lxc.log:\n{shown}{hint}"
 
     def _instance(self, client: IncusClient, step: Step) -> None:
         """Bring an instance that is there to what is declared, and have it running if it should."""
         stopped = False
+        self._lease(client, step)
         if step.restart:
             # Stop first: if we are killed in between, the next run sees a stopped machine and goes on.
             stopped = self._stop(client, step, gentle=30)
         try:
+            if stopped:
+                self._lease(client, step)  # that may have taken long
             self._update(client, step)
         finally:
             if stopped:
                 self._start(client, step)
+        self._unlease(client, step)
         if step.unfreeze:
             self._state(client, step, "unfreeze")
         elif step.start and not stopped:
@@ -313,6 +448,7 @@ class Applier:
 
     def _release(self, client: IncusClient, step: Step) -> None:
         """Give an address up, so that another machine can take it."""
+        self._lease(client, step)
         if step.restart and self._stop(client, step, gentle=30):
             step.restart, step.start = False, True
         for _attempt in range(ATTEMPTS):
@@ -398,6 +534,10 @@ class Applier:
     # removal
 
     def _delete(self, client: IncusClient, step: Step) -> None:
+        self._remove(client, step)
+        self._unlease(client, step)
+
+    def _remove(self, client: IncusClient, step: Step) -> None:
         try:
             if step.kind == "instance":
                 self._read(client, step)

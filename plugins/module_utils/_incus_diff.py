@@ -258,7 +258,8 @@ def needs_restart(
         if had == has:
             continue
         kind = (has or had or {}).get("type")
-        if vm and kind == "gpu":
+        # A slice of a card is handed over by the runtime's hook, which runs at a start.
+        if kind == "gpu" and (vm or "mig" in ((has or {}).get("gputype"), (had or {}).get("gputype"))):
             why.append(name)
         # A card that is plugged or pulled is seen at once; one that moves must ask for its address again.
         elif kind == "nic" and had and has:

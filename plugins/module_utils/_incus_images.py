@@ -104,31 +104,21 @@ def resolve(
 
 def probe_server(server: str, timeout: float = 5.0) -> str:
     """Whether an image server answers, asked once and never longer than `timeout`."""
-    import threading
 
-    answer: list[str] = []
+    import urllib.error
 
-    def ask() -> None:
-        import urllib.error
+    from ansible.module_utils import urls
+    from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import NoAnswer, within
 
-        from ansible.module_utils import urls
-
-        url = f"{server.rstrip('/')}/streams/v1/index.json"
-        if not url.startswith("https://"):
-            answer.append("an image server is an https address")
-            return
-        try:
-            with urls.open_url(url, timeout=timeout) as reply:
-                answer.append("" if reply.status == 200 else f"it answers {reply.status}")
-        except urllib.error.HTTPError as exc:
-            answer.append(f"it answers {exc.code} {exc.reason}")
-        except urllib.error.URLError as exc:
-            answer.append(str(getattr(exc.reason, "strerror", None) or exc.reason))
-        except (OSError, ValueError, urls.ConnectionError) as exc:
-            answer.append(str(exc) or type(exc).__name__)
-
-    # A name server that does not answer has timeouts of its own, longer than ours.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return answer[0] if answer else f"no answer within {timeout:g} s"
+    url = f"{server.rstrip('/')}/streams/v1/index.json"
+    if not url.startswith("https://"):
+        return "an image server is an https address"
+    try:
+        status = within(timeout, lambda: urls.open_url(url, timeout=timeout).status)
+    except urllib.error.HTTPError as exc:
+        return f"it answers {exc.code} {exc.reason}"
+    except urllib.error.URLError as exc:
+        return str(getattr(exc.reason, "strerror", None) or exc.reason)
+    except (OSError, ValueError, urls.ConnectionError, NoAnswer) as exc:
+        return str(exc) or type(exc).__name__
+    return "" if status == 200 else f"it answers {status}"

@@ -86,6 +86,8 @@ def make_plan(
         pools = {str(v["pool"]) for v in volumes if v.get("pool")} | state.pools_in_use(snapshot)
         state.read_volumes(client, snapshot, pools)
     new = missing(snapshot, desired)
+    if set(names(desired, "networks")) - {k for k, n in snapshot.networks.items() if not state.pending(n)}:
+        state.read_members(client, snapshot)
     there = {(project, name) for project, _pool, name in snapshot.volumes}
     if new or set(names(desired, "volumes")) - there:
         state.read_pools(client, snapshot)
@@ -100,11 +102,26 @@ def make_plan(
             fallback=settings.image_fallback,
             probe=settings.probe,
         )
-    if any(i.get("gpu") for i in desired.get("instances") or []):
-        state.read_resources(client, snapshot)
+    if wants_gpu(desired, snapshot):
+        state.read_resources(client, snapshot, settings.parallel)
+        if client.endpoint.url is None:
+            state.refresh_driver(snapshot, os.environ.get("SOTTOVOCE_HOST_ROOT") or "/")
+            snapshot.nvidia_hook = state.nvidia_hook()
+            if any((i.get("gpu") or {}).get("mig") for i in desired.get("instances") or []):
+                snapshot.slices = state.nvidia_slices()
     if _new_subnets(snapshot, desired):
         state.read_routes(client, snapshot)
     return Planner(snapshot, desired, options, found).build(), snapshot
+
+
+def wants_gpu(desired: Mapping[str, Any], snapshot: state.Snapshot) -> bool:
+    """Whether a declared machine has a GPU by whatever way: then the cards have to be known."""
+    instances = desired.get("instances") or []
+    used = {str(name) for i in instances for name in i.get("profiles") or []}
+    profiles = [*(desired.get("profiles") or []), *snapshot.profiles.values()]
+    there = (snapshot.instances.get(key) or {} for key in names(desired, "instances"))
+    objects = [*instances, *there, *(p for p in profiles if p["name"] in used)]
+    return any(i.get("gpu") for i in instances) or any(gpu.uses_gpu(o.get("devices")) for o in objects)
 
 
 def blind_plan(desired: Mapping[str, Any], options: Options, why: str) -> tuple[Plan, state.Snapshot]:
@@ -172,6 +189,8 @@ def reconcile(
         image_server=settings.image_server,
         image_fallback=settings.image_fallback,
         aliases=snapshot.aliases,
+        cards=plan.known_cards,
+        leases=gpu.leases_of(snapshot.server.get("config")),
     ).run()
     result = {**result, **describe(plan, snapshot, desired, options, outcome)}
     result["requests"] = client.requests + outcome.requests
@@ -225,6 +244,7 @@ def summaries(plan: Plan, snapshot: state.Snapshot) -> list[dict[str, Any]]:
                 "project": step.project,
                 "address": address_of(step.after.get("devices")),
                 "gpu": plan.gpus.get((step.project, step.name)) or gpu.described(step.after.get("devices")),
+                "cards": plan.cards.get((step.project, step.name), []),
                 "status": "Running" if runs else str(current.get("status") or "Stopped"),
             }
         )
@@ -285,7 +305,15 @@ def info(
     cards: list[gpu.Card] = []
     if gpus:
         state.read_resources(client, snapshot)
-        cards = gpu.cards_of(snapshot.resources)
+        cards = [c for m, r in snapshot.member_resources.items() for c in gpu.cards_of(r, m)]
+
+    claims = [
+        claim
+        for (project, name), i in snapshot.instances.items()
+        for claim in gpu.claims_of(
+            project, name, i.get("expanded_devices"), cards, location=state.location_of(i)
+        )
+    ]
 
     def ours(obj: Mapping[str, Any]) -> bool:
         return project_name is None or owner(obj) == project_name
@@ -341,11 +369,10 @@ def info(
                 "name": card.name,
                 "uuid": card.uuid,
                 "vendor": card.vendor,
-                "instances": sorted(
-                    f"{project}/{name}"
-                    for (project, name), i in snapshot.instances.items()
-                    if card.pci in gpu.held(i.get("expanded_devices"))
-                ),
+                "location": card.location,
+                "driver": card.driver,
+                "capability": card.capability,
+                "instances": sorted({f"{c.project}/{c.name}" for c in claims if c.meets(card, "")}),
             }
             for card in cards
         ],

@@ -19,6 +19,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_diff import
     clean,
     clean_devices,
     expand,
+    merge_devices,
     needs_restart,
     owner,
     rebuild,
@@ -33,7 +34,10 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     Key,
     Obj,
     Snapshot,
+    lists_stale_cards,
+    location_of,
     parse_url,
+    pending,
 )
 
 # The order in which steps are carried out; those of one phase run side by side.
@@ -49,9 +53,42 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_state impor
     REMOVE_LATE_PROFILES,
     REMOVE_LATE_BASE,
     REMOVE_PROJECTS,
-) = range(11)
+) = range(0, 1100, 100)
+# Between them: who gives a card up comes before who gets it, one step for each link of such a chain; and
+# what a project forbids only once nobody in it has it any more.
+RESTRICT = INSTANCES + 50
 
 PROTECTION = "security.protection.delete"
+RUNTIME = "nvidia.runtime"
+CAPABILITIES = "nvidia.driver.capabilities"
+# A project of ours in which nothing has a GPU cannot be given one by hand. `restricted` closes much more
+# by default, and infra.yml may declare any of it: all of that is opened again.
+RESTRICTION = {
+    "restricted": "true",
+    "restricted.devices.gpu": "block",
+    **dict.fromkeys(
+        (
+            "restricted.backups",
+            "restricted.cluster.target",
+            "restricted.containers.interception",
+            "restricted.containers.lowlevel",
+            "restricted.containers.nesting",
+            "restricted.containers.privilege",
+            "restricted.devices.disk",
+            "restricted.devices.infiniband",
+            "restricted.devices.nic",
+            "restricted.devices.pci",
+            "restricted.devices.proxy",
+            "restricted.devices.unix-block",
+            "restricted.devices.unix-char",
+            "restricted.devices.unix-hotplug",
+            "restricted.devices.usb",
+            "restricted.snapshots",
+            "restricted.virtual-machines.lowlevel",
+        ),
+        "allow",
+    ),
+}
 _LABEL = {
     "project": "Incus project",
     "network": "network",
@@ -88,6 +125,8 @@ class Step:
     # To create: the body of the POST. To update: what is declared, laid over what is found then.
     body: Obj | None = None
     target: Obj = dataclasses.field(default_factory=dict)
+    # Of a cluster, where it has to be announced before it is made.
+    members: list[str] = dataclasses.field(default_factory=list)
     query: dict[str, str] = dataclasses.field(default_factory=dict)
     image: tuple[str, str] | None = None
     start: bool = False
@@ -97,6 +136,11 @@ class Step:
     release: list[str] = dataclasses.field(default_factory=list)
     unprotect: bool = False
     gentle: bool = False
+    # Cards it is given now, to be leased first; leases of its own to be given back afterwards.
+    leases: list[gpu.Claim] = dataclasses.field(default_factory=list)
+    unlease: list[str] = dataclasses.field(default_factory=list)
+    # Cards of its own that another machine gets in this run.
+    gives: list[gpu.Claim] = dataclasses.field(default_factory=list)
     needs: set[Key] = dataclasses.field(default_factory=set)
 
     @property
@@ -126,6 +170,8 @@ class Plan:
     errors: list[str] = dataclasses.field(default_factory=list)
     images: dict[tuple[str, str], Image] = dataclasses.field(default_factory=dict)
     gpus: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
+    cards: dict[tuple[str, str], list[dict[str, str]]] = dataclasses.field(default_factory=dict)
+    known_cards: list[gpu.Card] = dataclasses.field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -172,6 +218,10 @@ class Planner:
         self.plan = Plan(images=dict(images or {}))
         self.declared_projects: dict[str, Obj] = {str(p["name"]): p for p in desired.get("projects") or []}
         self.after: dict[Key, Obj] = {}
+        self.assigned: dict[tuple[str, str], gpu.Assignment] = {}
+        self.cards = [c for m, r in snapshot.member_resources.items() for c in gpu.cards_of(r, m)]
+        self.plan.known_cards = self.cards
+        self.exclusive = str(desired.get("gpu_policy") or "exclusive") == "exclusive"
 
     def build(self) -> Plan:
         for project in self.desired.get("projects") or []:
@@ -188,6 +238,7 @@ class Planner:
         if self.options.prune:
             removed = plan_removals(self.there, self.mark, self.options, self.desired, self.plan, self.after)
         self._addresses(removed)
+        self._hand_over(removed)
         self.plan.errors += overlaps(
             self._wanted_subnets(),
             self.there,
@@ -261,6 +312,13 @@ class Planner:
         name = str(obj["name"])
         current = self.there.projects.get(name)
         target = self._target(obj)
+        now, later = self._gpu_in_project(name)
+        if name != "default" and self._may_restrict(current, target["config"]):
+            if not later:
+                target["config"] = {**RESTRICTION, **target["config"]}
+            elif "restricted" in record_of(current)["config"]:
+                # Only switched off: Incus 6.0 refuses to drop a key that an instance needs open, even then.
+                target["config"] = {**RESTRICTION, "restricted": "false", **target["config"]}
         if current is not None:
             # The server takes these only while a project is empty.
             old = current.get("config") or {}
@@ -276,12 +334,59 @@ class Planner:
                 self.plan.note(
                     f"Incus project {name} is in use: {', '.join(sorted(fixed))} cannot be changed and stays."
                 )
-        step = Step("project", name, name, phase=PROJECTS, target=target)
+        # Incus refuses what an instance still contradicts.
+        step = Step("project", name, name, phase=RESTRICT if now and not later else PROJECTS, target=target)
         self._settle(step, current, {"name": name})
+
+    def _gpu_in_project(self, project: str) -> tuple[bool, bool]:
+        """Whether anything in a project has a GPU device now, and whether anything will after this run."""
+        now: set[Key] = set()
+        for kind, objects in (("profile", self.there.profiles), ("instance", self.there.instances)):
+            now |= {
+                (kind, *k) for k, o in objects.items() if k[0] == project and gpu.uses_gpu(o.get("devices"))
+            }
+        later = now - self._leaving()
+        for kind in ("profile", "instance"):
+            for obj in self.desired.get(f"{kind}s") or []:
+                key = (kind, str(obj.get("project") or "default"), str(obj["name"]))
+                if key[1] != project:
+                    continue
+                current = (self.there.profiles if kind == "profile" else self.there.instances).get(key[1:])
+                if obj.get("gpu") or gpu.uses_gpu(self._merged(obj, current)):
+                    later.add(key)
+                else:
+                    later.discard(key)
+        return bool(now), bool(later)
+
+    @staticmethod
+    def _may_restrict(current: Obj | None, declared: Mapping[str, str]) -> bool:
+        """Not where a person set such keys: then they say what is forbidden."""
+        ours = record_of(current)["config"]
+        by_hand = [k for k in (current or {}).get("config") or {} if k not in ours]
+        return not any(k.split(".")[0] == "restricted" for k in [*declared, *by_hand])
+
+    @staticmethod
+    def _merged(obj: Mapping[str, Any], current: Obj | None) -> dict[str, dict[str, str]]:
+        """The devices of a declared object without those that this module gave it."""
+        there = (current or {}).get("devices") or {}
+        return merge_devices(there, clean_devices(obj.get("devices")), record_of(current)["devices"])
+
+    def _leaving(self) -> set[Key]:
+        """What prune removes for certain before anything else is done."""
+        if not self.options.prune:
+            return set()
+        declared = set(names(self.desired, "instances"))
+        return {
+            ("instance", *k)
+            for k, i in self.there.instances.items()
+            if k not in declared and owner(i) == self.mark and not _protection(i, None)[0]
+        }
 
     def _network(self, obj: Obj) -> None:
         project, name = str(obj.get("project") or "default"), str(obj["name"])
         current = self.there.networks.get((project, name))
+        if current is not None and pending(current):
+            current = None
         self._project_known(project, f"Network {name}")
         if current is not None and not current.get("managed", True):
             self.plan.errors.append(
@@ -291,6 +396,7 @@ class Planner:
             return
         kind = str(obj.get("type") or "bridge")
         step = Step("network", project, name, phase=BASE, target=self._target(obj))
+        step.members = [str(m["server_name"]) for m in self.there.members]
         self._settle(step, current, {"name": name, "type": kind}, immutable=["type"])
 
     def _volume(self, obj: Obj) -> None:
@@ -392,42 +498,183 @@ class Planner:
             result.append(planned or self.there.profiles.get((home, name)) or {})
         return result
 
-    def _gpus(self) -> dict[tuple[str, str], gpu.Assignment]:
-        instances = self.desired.get("instances") or []
-        if not any(i.get("gpu") for i in instances):
-            return {}
-        declared = set(names(self.desired, "instances"))
-        wanted = []
-        for i in instances:
-            project = str(i.get("project") or "default")
-            profiles = self._profiles_of(project, i.get("profiles") or [], after=True)
-            _config, inherited = expand({}, clean_devices(i.get("devices")), profiles)
-            wanted.append(
-                {"project": project, "name": str(i["name"]), "gpu": i.get("gpu"), "inherited": inherited}
-            )
-        current = {
-            k: gpu.held(v.get("devices")) for k, v in self.there.instances.items() if owner(v) == self.mark
-        }
-        foreign = [
-            pci
-            for k, v in self.there.instances.items()
-            if k not in declared
-            for pci in gpu.held(v.get("expanded_devices"))
+    def _from_profiles(self, project: str, profiles: Iterable[str], *, after: bool) -> dict[str, str]:
+        """device -> the profile it comes from."""
+        found: dict[str, str] = {}
+        wanted = [str(p) for p in profiles]
+        for name, profile in zip(wanted, self._profiles_of(project, wanted, after=after), strict=True):
+            found.update(dict.fromkeys(profile.get("devices") or {}, name))
+        return found
+
+    def _claims_there(self, key: tuple[str, str], instance: Obj) -> list[gpu.Claim]:
+        """What an instance claims now."""
+        own = instance.get("devices") or {}
+        by_profile = self._from_profiles(key[0], instance.get("profiles") or [], after=False)
+        return gpu.claims_of(
+            *key,
+            instance.get("expanded_devices", own),
+            self.cards,
+            location=location_of(instance),
+            status=str(instance.get("status") or ""),
+            by_profile={d: p for d, p in by_profile.items() if d not in own},
+        )
+
+    def _request(self, obj: Obj) -> gpu.Request | None:
+        key = (str(obj.get("project") or "default"), str(obj["name"]))
+        current = self.there.instances.get(key)
+        profiles = [str(p) for p in obj.get("profiles") or []]
+        own = self._merged(obj, current)
+        _config, inherited = expand({}, own, self._profiles_of(key[0], profiles, after=True))
+        spec = obj.get("gpu") or None
+        by_hand = gpu.uses_gpu(inherited)
+        unselected = gpu.unselected(inherited)
+        if by_hand and not unselected:
+            spec = None  # the user says by device which card it is
+        elif spec is None and unselected and self.exclusive:
+            spec = {"optional": False}  # a device that selects none would take them all
+        if spec is None and not by_hand:
+            return None
+        by_profile = self._from_profiles(key[0], profiles, after=True)
+        fixed: str | None = location_of(current) if current else ""
+        members: list[str] = []
+        if current is None and self.there.members:
+            fixed, members = self._places(str(obj.get("target") or ""))
+        return gpu.Request(
+            *key,
+            spec,
+            inherited,
+            self._claims_there(key, current) if current else [],
+            fixed,
+            members,
+            str((current or {}).get("status") or ""),
+            str((current or obj).get("type") or "container") == "container",
+            {d: p for d, p in by_profile.items() if d not in own},
+        )
+
+    def _places(self, target: str) -> tuple[str | None, list[str]]:
+        """The member a new machine is declared on, or those it may be put on."""
+        if target and not target.startswith("@"):
+            return target, []
+        group = target.removeprefix("@")
+        open_to = ("all", "group") if group else ("all",)
+        return None, [
+            str(m["server_name"])
+            for m in self.there.members
+            if m.get("status") == "Online"
+            and str((m.get("config") or {}).get("scheduler.instance") or "all") in open_to
+            and (not group or group in (m.get("groups") or []))
         ]
-        exclusive = str(self.desired.get("gpu_policy") or "exclusive") == "exclusive"
-        return gpu.assign(wanted, gpu.cards_of(self.there.resources), current, foreign, exclusive)
+
+    def _gpus(self) -> dict[tuple[str, str], gpu.Assignment]:
+        if not self.there.member_resources:
+            return {}
+        requests = [r for i in self.desired.get("instances") or [] if (r := self._request(i))]
+        skip = set(names(self.desired, "instances")) | {k[1:] for k in self._leaving()}
+        others = [
+            claim
+            for key, instance in self.there.instances.items()
+            if key not in skip
+            for claim in self._claims_there(key, instance)
+        ]
+        slices = None if self.there.slices is None else gpu.parse_slices(self.there.slices)
+        hint = (
+            " This Incus keeps that list from when it was first asked: after a change of cards, restart it."
+            if lists_stale_cards(self.there.server)
+            else ""
+        )
+        return gpu.assign(requests, self.cards, others, self.exclusive, slices, hint)
 
     def _instances(self) -> None:
-        assigned = self._gpus()
+        self.assigned = self._gpus()
         for obj in self.desired.get("instances") or []:
             key = (str(obj.get("project") or "default"), str(obj["name"]))
-            given = assigned.get(key)
+            given = self.assigned.get(key)
             if given is not None:
                 if given.error:
                     self.plan.errors.append(given.error)
-                self.plan.note(given.note)
-                self.plan.gpus[key] = given.cards
+                for note in given.notes:
+                    self.plan.note(note)
+                self.plan.gpus[key] = [c.pci for c in given.claims]
+                self.plan.cards[key] = given.cards
             self._instance(obj, given)
+
+    def _gpu_config(
+        self, obj: Obj, given: gpu.Assignment, current: Obj | None, config: dict[str, str]
+    ) -> str:
+        """Adds what a container with an NVIDIA card needs; gives the reason to restart it, if any."""
+        project = str(obj.get("project") or "default")
+        profiles = self._profiles_of(project, obj.get("profiles") or [], after=True)
+        whole, _devices = expand({**((current or {}).get("config") or {}), **config}, {}, profiles)
+        vm = str((current or obj).get("type") or "container") != "container"
+        if not any(card["vendor"] == "nvidia" for card in given.cards) or vm:
+            return ""
+        ours = record_of(current)["config"]
+        by_hand = RUNTIME in config or (RUNTIME in whole and RUNTIME not in ours)
+        # A driver that is not loaded answers nothing: no reason to take the runtime from a machine.
+        tools = (given.tools and self.there.nvidia_hook) or (not given.driver and RUNTIME in ours)
+        if tools and not by_hand and not truthy(whole.get("security.privileged")):
+            config[RUNTIME] = "true"
+            config.setdefault(CAPABILITIES, "compute,utility")
+        runs = (current or {}).get("status_code") == RUNNING
+        was = str(((current or {}).get("config") or {}).get(gpu.DRIVER) or "")
+        starts = bool(obj.get("started", True)) and self.options.start
+        if not given.driver or not (runs or starts or not was):
+            if was:
+                config[gpu.DRIVER] = was
+            return ""
+        config[gpu.DRIVER] = given.driver
+        if runs and was and was != given.driver:
+            return (
+                f"the host's driver went from {was} to {given.driver}: a running container keeps the old"
+                " libraries"
+            )
+        return ""
+
+    def _hand_over(self, removed: list[Step]) -> None:
+        """Leases for cards that change hands, and givers before takers."""
+        leases = gpu.leases_of(self.there.server.get("config"))
+        steps = {s.key[1:]: s for s in self.plan.steps if s.kind == "instance" and s.phase == INSTANCES}
+        givers: dict[tuple[str, str], list[Step]] = {}
+        before = {k: self._claims_there(k, i) for k, i in self.there.instances.items()} if self.cards else {}
+        for key, step in steps.items():
+            given = self.assigned.get(key)
+            claims = given.claims if given else []
+            keys = {gpu.lease_key(c) for c in claims}
+            step.unlease = sorted(k for k, lease in leases.items() if lease.key == key and k not in keys)
+            if not self.exclusive:
+                continue
+            had = before.get(key, [])
+            step.leases = [c for c in claims if not any(h.meets(c, c.part) for h in had)]
+            for lost in had:
+                if not any(c.meets(lost, lost.part) for c in claims):
+                    for other, taker in self.assigned.items():
+                        if other != key and any(c.meets(lost, lost.part) for c in taker.claims):
+                            givers.setdefault(other, []).append(step)
+                            step.gives.append(lost)
+        leaving = {s.key[1:]: s for s in removed if s.kind == "instance" and s.writes}
+        for key in leaving:
+            for other, taker in self.assigned.items():
+                if other in steps and any(
+                    c.meets(h, h.part) for h in before.get(key, []) for c in taker.claims
+                ):
+                    steps[other].needs.add(leaving[key].key)
+        for key in givers:
+            self._before(key, givers, steps, {key})
+
+    def _before(
+        self,
+        key: tuple[str, str],
+        givers: Mapping[tuple[str, str], list[Step]],
+        steps: Mapping[tuple[str, str], Step],
+        seen: set[tuple[str, str]],
+    ) -> None:
+        """Put whoever gives `key` its card ahead of it. Two that swap cards do so at the same time."""
+        for giver in givers.get(key, []):
+            if giver.key[1:] in seen:
+                continue
+            steps[key].needs.add(giver.key)
+            giver.phase = max(RELEASE + 1, min(giver.phase, steps[key].phase - 1))
+            self._before(giver.key[1:], givers, steps, seen | {giver.key[1:]})
 
     def _instance(self, obj: Obj, given: gpu.Assignment | None) -> None:
         project, name = str(obj.get("project") or "default"), str(obj["name"])
@@ -440,6 +687,7 @@ class Planner:
         devices = self._devices(project, declared, current)
         self._root(project, profiles, devices, current, name)
         target = self._target(obj, devices=devices, profiles=profiles, image=str(obj.get("image") or ""))
+        skew = self._gpu_config(obj, given, current, target["config"]) if given else ""
         if not obj.get("ephemeral"):
             target["config"].setdefault(PROTECTION, "true")
         step = Step("instance", project, name, phase=INSTANCES, target=target)
@@ -449,18 +697,28 @@ class Planner:
         started = bool(obj.get("started", True)) and self.options.start
         if current is None:
             self._create(step, obj, itype, started)
+            self._volumes_to(step, step.query.get("target", ""))
             return
+        self._volumes_to(step, location_of(current))
         self._immutable(step, obj, current, itype)
         self._settle(step, current, {"name": name})
         if step.after is None:
             return
-        self._restarts(step, current, profiles)
+        self._restarts(step, current, profiles, skew)
         status = current.get("status_code")
         if started and status == FROZEN:
             step.unfreeze, step.action, step.why = True, "started", "it was paused"
         elif started and status != RUNNING:
             step.start, step.action = True, "started"
             step.why = f"it was {str(current.get('status') or 'stopped').lower()}"
+
+    def _volumes_to(self, step: Step, member: str) -> None:
+        """On a cluster, new volumes are made on the member of the machine that mounts them."""
+        if not member or member.startswith("@"):
+            return
+        for volume in self.plan.steps:
+            if volume.kind == "volume" and volume.body is not None and volume.key in step.needs:
+                volume.query.setdefault("target", member)
 
     def _create(self, step: Step, obj: Obj, itype: str, started: bool) -> None:
         wanted = (str(obj.get("image") or ""), itype)
@@ -478,6 +736,10 @@ class Planner:
             step.needs.add(("image", "default", image.alias))
         if obj.get("target"):
             step.query["target"] = str(obj["target"])
+        given = self.assigned.get((step.project, step.name))
+        if given and given.location:
+            step.query["target"] = given.location
+            step.why = f"on member {given.location}"
         for device in step.target["devices"].values():
             if device.get("type") == "disk" and device.get("pool"):
                 self._pool_known(device["pool"], f"machine {step.name}")
@@ -552,7 +814,7 @@ class Planner:
                 f" incus move {step.name} --target {target} --project {step.project}."
             )
 
-    def _restarts(self, step: Step, current: Obj, profiles: list[str]) -> None:
+    def _restarts(self, step: Step, current: Obj, profiles: list[str], skew: str) -> None:
         if current.get("status_code") != RUNNING or step.after is None:
             return
         new = self._profiles_of(step.project, profiles, after=True)
@@ -563,9 +825,10 @@ class Planner:
             old = self._profiles_of(step.project, current.get("profiles") or [], after=False)
             old_config, old_devices = expand(current.get("config") or {}, current.get("devices") or {}, old)
         why = needs_restart(str(current.get("type")), old_config, config, old_devices, devices)
-        if why:
+        if why or skew:
             step.restart, step.action = True, "restarted"
-            step.why = f"{', '.join(why)} is taken only at a start"
+            taken = f"{', '.join(why)} is taken only at a start" if why else ""
+            step.why = "; ".join(x for x in (skew, taken) if x)
 
     # addresses
 
@@ -757,6 +1020,8 @@ def plan_removals(
             keep(step, _remedy(step, options))
         else:
             step.stop = obj.get("status_code") != STOPPED
+            leases = gpu.leases_of(snapshot.server.get("config"))
+            step.unlease = sorted(k for k, lease in leases.items() if lease.key == key[1:])
             drop(step)
     for key, obj in candidates("profile", snapshot.profiles):
         if key[2] == "default":

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import socket
 import struct
+import subprocess
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote
 
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusNotFound
+from ansible_collections.sottovoce.stack.plugins.module_utils._nvidia_driver import loaded_driver
 
 if TYPE_CHECKING:
     from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import IncusClient
@@ -45,6 +49,12 @@ class Snapshot:
     pools: list[str] | None = None
     aliases: list[Obj] | None = None
     resources: Obj | None = None
+    # Of each member of a cluster by its name; of a lone server under the empty name.
+    member_resources: dict[str, Obj] = dataclasses.field(default_factory=dict)
+    members: list[Obj] = dataclasses.field(default_factory=list)
+    # The output of `nvidia-smi -L`, where it can be had, and whether LXC's hook for NVIDIA is there.
+    slices: str | None = None
+    nvidia_hook: bool = True
     routes: list[Route] = dataclasses.field(default_factory=list)
 
     def feature(self, project: str, feature: str, declared: Mapping[str, Obj] | None = None) -> str:
@@ -126,8 +136,93 @@ def read_aliases(client: IncusClient, snapshot: Snapshot) -> None:
     snapshot.aliases = list(client.get("/1.0/images/aliases", query={"recursion": 1}).metadata or [])
 
 
-def read_resources(client: IncusClient, snapshot: Snapshot) -> None:
-    snapshot.resources = client.get("/1.0/resources").metadata or {}
+def clustered(snapshot: Snapshot) -> bool:
+    return bool((snapshot.server.get("environment") or {}).get("server_clustered"))
+
+
+def pending(network: Mapping[str, Any]) -> bool:
+    """Whether it was announced to members of a cluster and then never made."""
+    return network.get("status") == "Pending"
+
+
+def read_members(client: IncusClient, snapshot: Snapshot) -> None:
+    """The members of a cluster; none of a lone server."""
+    if clustered(snapshot) and not snapshot.members:
+        snapshot.members = client.get("/1.0/cluster/members", query={"recursion": 1}).metadata or []
+
+
+def read_resources(client: IncusClient, snapshot: Snapshot, parallel: int = 8) -> None:
+    """The hardware: of a lone server, or of each member of a cluster that is online, side by side."""
+    if not clustered(snapshot):
+        snapshot.resources = client.get("/1.0/resources").metadata or {}
+        snapshot.member_resources = {"": snapshot.resources or {}}
+        return
+    read_members(client, snapshot)
+    online = [str(m["server_name"]) for m in snapshot.members if m.get("status") == "Online"]
+
+    def ask(member: str) -> Obj:
+        with contextlib.closing(client.clone()) as twin:
+            found: Obj = twin.get("/1.0/resources", query={"target": member}).metadata or {}
+            return found
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(parallel) as pool:
+        snapshot.member_resources = dict(zip(online, pool.map(ask, online), strict=True))
+    client.requests += len(online)
+    cards = [c for r in snapshot.member_resources.values() for c in (r.get("gpu") or {}).get("cards") or []]
+    snapshot.resources = {"gpu": {"cards": cards}}
+
+
+def refresh_driver(snapshot: Snapshot, root: str) -> None:
+    """
+    Put the NVIDIA driver that this host's kernel has loaded into the resources of its Incus, which, before
+    6.0.6 and 7.3, go on telling what was so when it was first asked.
+    """
+    version = loaded_driver(root)[0]
+    for card in (snapshot.member_resources.get("", {}).get("gpu") or {}).get("cards") or []:
+        if version and card.get("nvidia"):
+            card["nvidia"]["nvrm_version"] = version
+
+
+def lists_stale_cards(server: Mapping[str, Any]) -> bool:
+    """Whether this Incus keeps its list of cards from when it was first asked until it is restarted."""
+    text = str((server.get("environment") or {}).get("server_version") or "")
+    numbers = tuple(int(n) for n in text.split(".") if n.isdigit())
+    return bool(numbers) and (numbers < (6, 0, 6) or (6, 1) <= numbers[:2] < (7, 3))
+
+
+def nvidia_hook() -> bool:
+    """Whether LXC's hook that nvidia.runtime needs is on this host, where Incus looks for it."""
+    return os.path.exists(os.path.join(os.environ.get("INCUS_LXC_HOOK") or "/usr/share/lxc/hooks", "nvidia"))
+
+
+def nvidia_slices(timeout: float = 15.0) -> str | None:
+    """What `nvidia-smi -L` of this host prints; None if it cannot be had."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=timeout, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def nvidia_tools_say(timeout: float = 15.0) -> str:
+    """What this host's nvidia-container-cli complains of; empty if of nothing, or if it cannot be asked."""
+    try:
+        done = subprocess.run(
+            ["nvidia-container-cli", "info"], capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stderr.strip() if done.returncode else ""
+
+
+def location_of(instance: Mapping[str, Any]) -> str:
+    """The member an instance is on; empty on a lone server."""
+    location = str(instance.get("location") or "")
+    return "" if location == "none" else location
 
 
 def read_routes(client: IncusClient, snapshot: Snapshot, limit: int = 32) -> None:

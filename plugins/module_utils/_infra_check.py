@@ -136,15 +136,22 @@ class _Check:
                 )
             if machine.gpu is not None or by_hand:
                 users.append(machine)
-        if len(users) < 2 or self.infra.gpu_policy == "shared":
+        if self.infra.gpu_policy == "shared":
             return
-        listed = ", ".join(m.name for m in users)
-        for machine in users[1:]:
-            self.wrong(
-                machine.at("gpu") if "gpu" in machine.places else machine.at("profiles"),
-                f"the GPU belongs to one machine (gpu_policy: exclusive), {len(users)} ask for it: {listed}; "
-                "keep it in one of them, or set global.gpu_policy: shared",
-            )
+        # How many cards there are is known to the server alone, which is asked before anything is changed.
+        # Certain here is only what two machines name alike.
+        first: dict[tuple[str, str], Machine] = {}
+        for machine in users:
+            named = machine.gpu.named if machine.gpu else ""
+            if not named or (machine.target or "").startswith("@"):
+                continue
+            other = first.setdefault((named, machine.target or ""), machine)
+            if other is not machine:
+                self.wrong(
+                    machine.at("gpu"),
+                    f"the GPU belongs to one machine (gpu_policy: exclusive), 2 ask for {named}: "
+                    f"{other.name}, {machine.name}; keep it in one of them, or set global.gpu_policy: shared",
+                )
 
     def policies(self) -> None:
         infra = self.infra

@@ -40,6 +40,8 @@ STT_FOLLOWED = {
     "open_webui_stt_language": "stt_server_language",
     "open_webui_stt_api_key": "stt_server_api_key",
 }
+# The default of open_webui_tts_model, for a speech server that somebody else runs.
+TTS_MODEL = "speaches-ai/Kokoro-82M-v1.0-ONNX"
 STT_PORT = 8000
 OLLAMA_PORT = 11434
 PROJECT_CONFIG = {
@@ -106,7 +108,7 @@ def notes_of(infra: Infra) -> list[str]:
     if dead:
         notes.append(f"network policies that refer to a disabled domain: {_shown(dead)}")
     users = [m.name for d, m in machines_of(infra, enabled_only=True) if has_gpu(d, m)]
-    if len(users) > 1:
+    if len(users) > 1 and infra.gpu_policy == "shared":
         notes.append(
             f"gpu_policy is shared: {_shown(users)} use the GPU together, without a limit of VRAM for each"
         )
@@ -325,10 +327,27 @@ def _wire(infra: Infra, domain: Domain, model: Model, user_vars: UserVars, ips: 
             model.hosts[machine.name].vars[variable] = form.format(ips[server.name], port)
             if role == "stt_server":
                 # Wherever the user sets them (a vault, host_vars, -e), the server and its reader agree.
+                url = model.hosts[machine.name].vars[variable]
                 model.hosts[machine.name].templates = {
-                    reader: f"{{{{ hostvars['{server.name}'].{asked} | default('') }}}}"
-                    for reader, asked in STT_FOLLOWED.items()
+                    **{
+                        reader: f"{{{{ hostvars['{server.name}'].{asked} | default('') }}}}"
+                        for reader, asked in STT_FOLLOWED.items()
+                    },
+                    **_tts_templates(server.name, str(url)),
                 }
+
+
+def _tts_templates(server: str, url: str) -> dict[str, str]:
+    """A server that was given a model to speak with speaks at the URL where it listens."""
+    asked = f"hostvars['{server}']"
+    return {
+        "open_webui_tts_url": f"{{{{ '{url}' if {asked}.stt_server_tts_model | default('') else '' }}}}",
+        "open_webui_tts_model": f"{{{{ {asked}.stt_server_tts_model | default('{TTS_MODEL}', true) }}}}",
+        # The key is for this server and no other that a user may name.
+        "open_webui_tts_api_key": (
+            f"{{{{ {asked}.stt_server_api_key | default('') if open_webui_tts_url == '{url}' else '' }}}}"
+        ),
+    }
 
 
 def _no_user_vars(_machine: str, _groups: tuple[str, ...]) -> Mapping[str, Any]:

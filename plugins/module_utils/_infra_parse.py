@@ -42,6 +42,8 @@ Fields = dict[str, Node]
 Read = Callable[[str], bytes]
 
 _PCI = re.compile(r"(?:([0-9a-f]{4}|0000[0-9a-f]{4}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
+# A slice by its UUID (newer drivers; older ones name card, instance and compute instance), or its profile.
+_MIG = re.compile(r"MIG-[0-9A-Za-z-]+(/[0-9]+/[0-9]+)?|([0-9]c\.)?[0-9]g\.[0-9]+gb(\+me)?")
 _UUID = re.compile(r"GPU-[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _SIZE = re.compile(r"[1-9][0-9]*(B|kB|MB|GB|TB|PB|EB|KiB|MiB|GiB|TiB|PiB|EiB)?")
 _CRON = re.compile(r"(\S+\s+){4}\S+")
@@ -284,7 +286,7 @@ class _Reader:
         return found
 
     def gpu_device(self, node: Node, device: dict[str, str], path: str) -> bool:
-        for key in ("id", "pci"):
+        for key in ("id", "pci", "mig.uuid", "vendorid", "productid", "mdev"):
             if looks_like_cdi(device.get(key, "")):
                 self.cdi(node, f"{path}.{key}", device[key])
                 return False
@@ -359,16 +361,21 @@ class _Reader:
             )
             return None
         body, _places = self.fields(node, path, schema.GPU_KEYS)
-        chosen = [key for key in ("pci", "uuid", "count") if key in body]
-        if len(chosen) > 1:
+        chosen = [key for key in ("pci", "uuid", "count", "all", "mig") if key in body]
+        if len(chosen) > 1 and set(chosen) != {"pci", "mig"}:
             self.wrong(
-                node, path, f"choose the card by one of pci, uuid, count, not by {' and '.join(chosen)}"
+                node,
+                path,
+                "choose the card by one of pci, uuid, count, all, mig (mig and pci go together), not by "
+                f"{' and '.join(chosen)}",
             )
         pci = self.optional(body, "pci", path, self.pci)
         uuid = self.optional(body, "uuid", path, self.uuid)
         count = self.optional(body, "count", path, lambda n, p: self.integer(n, p, 1, 64))
+        every = self.optional(body, "all", path, self.boolean)
+        mig = self.optional(body, "mig", path, self.mig)
         optional = self.optional(body, "optional", path, self.boolean)
-        return Gpu(pci, uuid, count, bool(optional))
+        return Gpu(pci, uuid, count, bool(optional), bool(every), mig)
 
     def pci(self, node: Node, path: str) -> str | None:
         # 01:00.0 unquoted is a number in base 60 to YAML: what was written counts.
@@ -391,10 +398,27 @@ class _Reader:
             self.cdi(node, path, text)
             return None
         if text.startswith("MIG-"):
-            self.wrong(node, path, "a MIG slice cannot be chosen, only a whole card (GPU-…)")
+            self.wrong(node, path, f"{text!r} is a MIG slice, not a card; write gpu: {{mig: {text}}}")
             return None
         if not _UUID.fullmatch(text):
             self.wrong(node, path, f"{text!r} is no UUID of a card (GPU-…, see `nvidia-smi -L`)")
+            return None
+        return text
+
+    def mig(self, node: Node, path: str) -> str | None:
+        text = self.text(node, path, "a MIG slice")
+        if text is None:
+            return None
+        if looks_like_cdi(text):
+            self.cdi(node, path, text)
+            return None
+        if not _MIG.fullmatch(text):
+            self.wrong(
+                node,
+                path,
+                f"{text!r} is neither the UUID of a MIG slice (MIG-…, see `nvidia-smi -L`) nor a profile "
+                "like 1g.5gb",
+            )
             return None
         return text
 

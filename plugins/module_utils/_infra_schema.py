@@ -27,7 +27,7 @@ DEFAULT_TRUST = "semi-trusted"
 DEFAULT_IMAGE = "images:debian/13"
 
 # Roles of this collection that a machine may have, then those AnKLuMe has and this collection has not.
-OWN_ROLES = ("base_system", "ollama_server", "stt_server", "open_webui")
+OWN_ROLES = ("base_system", "ollama_server", "stt_server", "open_webui", "vram_exporter")
 FOREIGN_ROLES = frozenset({
     "admin_bootstrap", "code_sandbox", "dev_agent_runner", "dev_test_runner", "firewall_router",
     "incus_firewall_vm", "incus_images", "incus_instances", "incus_networks", "incus_nftables",
@@ -58,7 +58,7 @@ MACHINE_KEYS = (
 )  # fmt: skip
 MACHINE_IGNORED = ("weight", "export_apps", "services")
 PROFILE_KEYS = ("description", "config", "devices")
-GPU_KEYS = ("pci", "uuid", "count", "optional")
+GPU_KEYS = ("pci", "uuid", "count", "all", "mig", "optional")
 VOLUME_KEYS = ("path", "size", "pool", "readonly")
 PERSISTENT_KEYS = ("path", "size", "pool", "readonly")
 SHARED_KEYS = ("source", "path", "shift", "propagate", "consumers", "size", "pool")
@@ -126,10 +126,19 @@ class Gpu:
     uuid: str | None = None
     count: int | None = None
     optional: bool = False
+    all: bool = False
+    mig: str | None = None
 
     @property
     def selects(self) -> bool:
-        return self.pci is not None or self.uuid is not None or self.count is not None
+        return self.all or any(x is not None for x in (self.pci, self.uuid, self.count, self.mig))
+
+    @property
+    def named(self) -> str:
+        """The one thing that can be given to one machine only; empty where any card will do."""
+        if self.mig is not None:
+            return self.mig.lower() if self.mig.startswith("MIG-") else ""
+        return (self.pci or self.uuid or "").lower() or ("all" if self.all else "")
 
     def request(self) -> dict[str, Any]:
         """What the reconciler resolves against the cards it finds."""
@@ -140,6 +149,10 @@ class Gpu:
             wanted["uuid"] = self.uuid
         if self.count is not None:
             wanted["count"] = self.count
+        if self.all:
+            wanted["all"] = True
+        if self.mig is not None:
+            wanted["mig"] = self.mig
         return wanted
 
 

@@ -20,33 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_footprint as footprint
+from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import NoAnswer, within
+
 DEFAULT_PORT = 11434
 STATE = "/var/lib/ollama"
 DEFAULT_REGISTRY = "registry.ollama.ai"
 
 # MiB that llama.cpp keeps free by itself when nothing is asked for.
 FIT_TARGET_ALONE = 1024
-
-# Whisper models: millions of parameters, working set of one request in MiB, width of the decoder.
-_WHISPER: Mapping[str, tuple[int, int, int]] = {
-    "tiny": (39, 700, 384),
-    "base": (74, 700, 512),
-    "small": (244, 700, 768),
-    "medium": (769, 1100, 1024),
-    "large-v1": (1550, 1450, 1280),
-    "large-v2": (1550, 1450, 1280),
-    "large-v3": (1550, 1450, 1280),
-    "large-v3-turbo": (809, 900, 1280),
-    "distil-small.en": (166, 700, 768),
-    "distil-medium.en": (394, 700, 1024),
-    "distil-large-v2": (756, 900, 1280),
-    "distil-large-v3": (756, 900, 1280),
-}
-_ALIASES = {"turbo": "large-v3-turbo", "large": "large-v3", "whisper-1": "large-v3-turbo"}
-_BYTES_PER_WEIGHT = {"int8": 1.02, "float16": 2.0, "bfloat16": 2.0, "int16": 2.0, "float32": 4.0}
-_BATCH = 8
-_BATCH_MIB = 200
-_ENGINE_MIB = 500
 
 _NAME = re.compile(r"^[\w.-]+(?::\d+)?(?:/[\w.-]+)*(?::[\w.-]+)?$")
 _FROM = re.compile(r"^FROM\s.*sha256-([0-9a-f]{64})\s*$", re.MULTILINE)
@@ -67,30 +50,41 @@ class RegistryUnreachable(OllamaError):
 # --- decisions -------------------------------------------------------------------------------------------
 
 
-def stt_peak_mib(model: str, quantization: str) -> int:
-    """VRAM that a speech-to-text engine takes at most; unknown models count as the largest."""
-    name = _ALIASES.get(model, model.rsplit("/", 1)[-1])
-    for prefix in ("faster-whisper-", "faster-distil-whisper-", "whisper-"):
-        name = name.removeprefix(prefix)
-    if "distil-whisper" in model and not name.startswith("distil-"):
-        name = f"distil-{name}"
-    parameters, working, width = _WHISPER.get(_ALIASES.get(name, name), _WHISPER["large-v3"])
-    # int8_float16 keeps its weights in the first of the two.
-    weights = parameters * 1e6 * _BYTES_PER_WEIGHT.get(quantization.split("_")[0], 4.0) / 2**20
-    return round(weights + working + _BATCH_MIB * (_BATCH - 1) * width / 1280 + _ENGINE_MIB)
+def stt_peak_mib(model: str, quantization: str, engine: str = "speaches") -> int:
+    """VRAM that a speech-to-text engine takes at most, with the formula's error; unknown models count as the
+    largest, `auto` as the largest that it can choose.
+    """
+    try:
+        name = _stt.resolve_model(model).name
+        if name not in footprint.WHISPER:  # somebody's copy of a known model
+            name = _stt.resolve_model(model.rsplit("/", 1)[-1]).name
+    except _stt.SttError:
+        name = ""
+    batch = footprint.windows(float("inf"), engine)
+    known = name if name in footprint.WHISPER else "large-v3"
+    return footprint.stt(known, "float16" if quantization == "auto" else quantization, batch).high
 
 
 def fit_target_mib(
-    asked: int, gpu: bool, roles: Iterable[str], stt_model: str, stt_quantization: str, stt_device: str
+    asked: int,
+    gpu: bool,
+    roles: Iterable[str],
+    stt_model: str,
+    stt_quantization: str,
+    stt_device: str,
+    stt_engine: str = "speaches",
+    planned: int = 0,
 ) -> int:
-    """MiB that llama-server leaves free on each device; 0 where there is no device."""
+    """MiB that llama-server leaves free on each device; 0 where there is no device. `planned` is what the
+    VRAM plan of a card of known size says.
+    """
     if not gpu:
         return 0
-    if asked > 0:
-        return asked
+    if asked > 0 or planned > 0:
+        return asked or planned
     if "stt_server" not in roles or stt_device == "cpu":
         return FIT_TARGET_ALONE
-    return FIT_TARGET_ALONE + stt_peak_mib(stt_model, stt_quantization)
+    return FIT_TARGET_ALONE + stt_peak_mib(stt_model, stt_quantization, stt_engine)
 
 
 def server_address(host: str) -> tuple[str, int]:
@@ -194,6 +188,9 @@ def plan(
 ) -> dict[str, Any]:
     """What the role decides from its settings, what is installed or found, and facts about the machine."""
     gpu = settings["gpu"] == "enabled" or (settings["gpu"] == "auto" and bool(release.get("gpu")))
+    judged = [_gpu_capability.ollama_device(str(card["capability"])) for card in machine.get("cards") or []]
+    too_old = gpu and settings["gpu"] == "auto" and bool(judged) and all(why for _device, why in judged)
+    gpu = gpu and not too_old
     target = fit_target_mib(
         int(settings["fit_target_mib"]),
         gpu,
@@ -201,6 +198,8 @@ def plan(
         str(machine["stt_model"]),
         str(machine["stt_quantization"]),
         str(machine["stt_device"]),
+        str(machine["stt_engine"]),
+        int(machine["planned_fit_target_mib"]),
     )
     environment: dict[str, str] = {
         "HOME": STATE,
@@ -224,14 +223,13 @@ def plan(
     return {
         "environment": environment,
         "gpu": gpu,
+        "notes": [judged[0][1]] if too_old else [],
         "fit_target_mib": target,
         "local_url": server_url(settings["host"]),
         "url": server_url(settings["host"], str(machine.get("address") or "")),
         "own_models_dir": own_models_dir,
         "read_write_paths": [settings["models_dir"]] if own_models_dir else [],
         "release": name,
-        # Something runs that is not what is (or is about to be) installed.
-        "stale": bool(release.get("install") or release.get("running", name) not in ("", name)),
         "serves": bool(name) and bool(settings["enabled"]),
         "model": settings["default_model"],
         "infers": not name.endswith("-go") or bool(settings["llama_server"]),
@@ -251,6 +249,7 @@ def summary(plan: Mapping[str, Any], pulled: Mapping[str, Any]) -> dict[str, Any
     if plan["model"]:
         facts["model"] = plan["model"]
     facts["notes"] += [f"{item['what']} was not used: {item['why']}" for item in plan["skipped_sources"]]
+    facts["notes"] += plan["notes"]
     if not plan["infers"]:
         facts["notes"].append(
             "Ollama was built from its Go module: it serves its API, but inference needs llama-server, "
@@ -549,20 +548,11 @@ def is_network_error(message: str) -> bool:
 
 def can_connect(host: str, port: int, timeout: float) -> str:
     """Empty if a connection is possible, else why not; the name lookup is inside the time limit too."""
-    found: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            socket.create_connection((host, port), timeout=timeout).close()
-            found.put("")
-        except OSError as error:
-            found.put(str(error))
-
-    threading.Thread(target=attempt, daemon=True).start()
     try:
-        return found.get(timeout=timeout)
-    except queue.Empty:
-        return f"no answer for {timeout:g} s"
+        within(timeout, lambda: socket.create_connection((host, port), timeout=timeout).close())
+    except (OSError, NoAnswer) as error:
+        return str(error)
+    return ""
 
 
 def file_sha256(path: str) -> str:

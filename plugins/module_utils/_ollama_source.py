@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils import urls
+from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import NoAnswer, within
 
 MODULE = "github.com/ollama/ollama"
 ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
@@ -174,25 +175,15 @@ def open_url(url: str, timeout: float, method: str = "GET") -> Any:
     """An answer within the time limit, name lookup and redirections included."""
     if not url.startswith(("https://", "http://")):
         raise SourceError(f"{url} is no http(s) URL")
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            answers.put(urls.open_url(url, method=method, timeout=timeout))
-        except (OSError, ValueError, urls.ConnectionError) as error:
-            answers.put(error)
-
-    threading.Thread(target=attempt, daemon=True).start()
     host = urllib.parse.urlsplit(url).netloc
     try:
-        answer = answers.get(timeout=timeout)
-    except queue.Empty:
+        return within(timeout, lambda: urls.open_url(url, method=method, timeout=timeout))
+    except NoAnswer:
         raise SourceError(f"{host} has not answered for {timeout:g} s") from None
-    if isinstance(answer, urllib.error.HTTPError):
-        raise SourceError(f"{url} answers {answer.code} {answer.reason}")
-    if isinstance(answer, Exception):
-        raise SourceError(f"{host} cannot be reached: {getattr(answer, 'reason', answer)}")
-    return answer
+    except urllib.error.HTTPError as error:
+        raise SourceError(f"{url} answers {error.code} {error.reason}") from error
+    except (OSError, ValueError, urls.ConnectionError) as error:
+        raise SourceError(f"{host} cannot be reached: {getattr(error, 'reason', error)}") from error
 
 
 def from_release(request: Request, say: Say) -> Found:

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import configparser
+import http.client
 import json
 import os
 import time
-import urllib.error
+import urllib.parse
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from ansible.module_utils.urls import open_url
 
 SECTION = "X-Sottovoce"
 PROPERTIES = ("Id", "ActiveState", "SubState", "UnitFileState", "MemoryCurrent", "NRestarts", "MainPID")
@@ -81,26 +80,30 @@ def parse_meminfo(text: str) -> dict[str, int]:
     return {"total_mib": values.get("MemTotal", 0), "available_mib": values.get("MemAvailable", 0)}
 
 
-def parse_nvidia_smi(text: str) -> list[dict[str, Any]]:
-    """Cards out of `nvidia-smi --query-gpu=name,memory.total,memory.used --format=csv,noheader,nounits`."""
-    cards = []
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit():
-            total, used = int(parts[1]), int(parts[2])
-            cards.append({"name": parts[0], "total_mib": total, "used_mib": used, "free_mib": total - used})
-    return cards
-
-
 def fetch_json(url: str, timeout: float) -> tuple[int | None, Any, str]:
-    """GET url and return (status, decoded JSON or None, error text); never raises for what a server does."""
+    """
+    GET url and return (status, decoded JSON or None, error text); never raises for what a server does.
+
+    Straight to the server, because daemons of this machine are not asked through a proxy; timeout is in
+    seconds, for each step of it.
+    """
     try:
-        with open_url(url, headers={"Accept": "application/json"}, timeout=timeout) as reply:
-            status, body = reply.status, reply.read(1 << 20)
-    except urllib.error.HTTPError as error:
-        return error.code, None, f"HTTP {error.code}"
-    except (OSError, ValueError) as error:
-        return None, None, str(getattr(error, "reason", error))
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.netloc, timeout=timeout)
+    except (ValueError, http.client.HTTPException) as error:
+        return None, None, str(error)
+    try:
+        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        connection.request("GET", path, headers={"Accept": "application/json"})
+        reply = connection.getresponse()
+        status, body = reply.status, reply.read(1 << 20)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return None, None, str(error) or type(error).__name__
+    finally:
+        connection.close()
+    if status >= 400:
+        return status, None, f"HTTP {status}"
     try:
         return status, json.loads(body), ""
     except ValueError:

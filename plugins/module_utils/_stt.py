@@ -17,7 +17,9 @@ from typing import Any
 ENGINES = ("speaches", "builtin")
 UNITS = {"speaches": "speaches", "builtin": "voicegate"}
 DEVICES = ("auto", "cpu", "cuda")
+# `auto` is the best that card or CPU can do.
 QUANTIZATIONS = (
+    "auto",
     "float16",
     "int8_float16",
     "int8",
@@ -30,6 +32,11 @@ QUANTIZATIONS = (
 # CTranslate2 silently computes these as float32 on a CPU: slower and four times the memory of int8.
 ONLY_ON_GPU = ("float16", "int8_float16", "bfloat16", "int8_bfloat16")
 DEFAULT_MODEL = "large-v3-turbo"
+AUTO = "auto"
+# CTranslate2 in the lock file of the Speaches with this digest, the one that the role pins. The builtin
+# engine's is in gateway/requirements.lock.
+SPEACHES_DIGEST = "861b0a8cc3e63c1e1961dbba7772bc65de47c33bfe732ae8a420ad95e64b777b"
+SPEACHES_CTRANSLATE2 = "4.5.0"
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,8 @@ def check_quantization(quantization: str) -> str:
 
 def effective_quantization(quantization: str, device: str) -> tuple[str, str]:
     """Return the compute type for the device, and a note where it is not what was asked for."""
+    if device == "cpu" and quantization == "auto":
+        return "int8", ""
     if device == "cpu" and quantization in ONLY_ON_GPU:
         return "int8", f"{quantization} needs a GPU; on this CPU the model runs as int8"
     return quantization, ""
@@ -216,7 +225,8 @@ def problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
     def value(name: str, default: str) -> str:
         return str(variables.get(f"stt_server_{name}", default) or "")
 
-    attempt("stt_server_model", lambda: resolve_model(value("model", DEFAULT_MODEL), base))
+    if value("model", DEFAULT_MODEL) != AUTO:
+        attempt("stt_server_model", lambda: resolve_model(value("model", DEFAULT_MODEL), base))
     attempt("stt_server_quantization", lambda: check_quantization(value("quantization", "float16")))
     for name, known, default in (
         ("engine", ENGINES, "speaches"),
@@ -231,6 +241,16 @@ def problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
     if fallback and not looks_like_path(fallback):
         found.append(
             f"stt_server_fallback_model: '{fallback}' must be a folder on the controller (starting with /)."
+        )
+    tts_model = value("tts_model", "")
+    if tts_model and not re.fullmatch(r"[\w.-]+/[\w.-]+", tts_model):
+        found.append(
+            f"stt_server_tts_model: '{tts_model}' is no id on the hub (speaches-ai/Kokoro-82M-v1.0-ONNX)."
+        )
+    if tts_model and value("engine", "speaches") != "speaches":
+        found.append(
+            "stt_server_tts_model: only the engine speaches speaks; set stt_server_engine: speaches, "
+            "or stt_server_tts_model to nothing."
         )
     language = value("language", "")
     if language and language not in LANGUAGES:

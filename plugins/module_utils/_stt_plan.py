@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
 
 ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
 STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
@@ -34,6 +34,7 @@ class Facts:
     unreachable: Callable[[str], str]  # reason why an address does not answer, or nothing
     has_python: Callable[[str], bool]
     running: Sequence[str] = ()  # units of ours that are enabled or running
+    cards: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # what the driver says of the cards here
 
 
 def hub_cache(engine: str) -> str:
@@ -111,37 +112,83 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     skipped: list[dict[str, str]] = []
     device, note = _stt.effective_device(request["device"], facts.nodes, facts.machine)
     notes += [note] if note else []
-    quantization, note = _stt.effective_quantization(request["quantization"], device)
-    notes += [note] if note else []
+    cards: Sequence[Mapping[str, Any]] = ()
+    if device == "cuda":
+        # What apply found on the server, else what the driver tells here.
+        cards = request.get("cards") or facts.cards() or [{}]
+        device, note = _usable(request["device"], cards)
+        notes += [note] if note else []
 
-    plan: dict[str, Any] = {"device": device, "compute_type": quantization, "asked": request["engine"]}
+    plan: dict[str, Any] = {"device": device, "asked": request["engine"]}
     engine = request["engine"]
     try:
-        plan |= _engine(request, engine, device, facts)
+        plan |= _engine(request, engine, device, facts, cards)
     except Unreachable as error:
         fallback = request["engine_fallback"]
         if fallback in ("", engine):
             raise _stt.SttError(
                 f"{engine}: {error}. Give stt_server_speaches_source (folder or archive on the controller), "
                 "or set stt_server_engine: builtin, or allow it with stt_server_engine_fallback: builtin."
+                + (" Only speaches has stt_server_tts_model." if request.get("tts_model") else "")
             ) from error
         skipped.append({"what": engine, "why": f"{error}; the engine {fallback} is used instead"})
         engine = fallback
         try:
-            plan |= _engine(request, engine, device, facts)
+            plan |= _engine(request, engine, device, facts, cards)
         except Unreachable as second:
             raise _stt.SttError(f"{engine}: {second}.") from second
     if "skipped" in plan["model"]:
         skipped.append(plan["model"].pop("skipped"))
-    plan["notes"] = notes
+    plan["notes"] = notes + plan["notes"]
     plan["skipped"] = skipped
     wanted = plan["unit"] if request["enabled"] else ""
     plan["stop"] = [unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit != wanted]
     return plan
 
 
-def _engine(request: Mapping[str, Any], engine: str, device: str, facts: Facts) -> dict[str, Any]:
+def _usable(asked: str, cards: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the device for cards that are there, and a note: old ones may have no code in CTranslate2."""
+    for card in cards:
+        capability = str(card.get("capability") or "")
+        if _gpu_capability.known(capability) and not _gpu_capability.compute_types(capability):
+            reason = f"CTranslate2 has no code for {_gpu_capability.describe(card)}"
+            if asked == "cuda":
+                raise _stt.SttError(f"stt_server_device is cuda, but {reason}. Set stt_server_device: cpu.")
+            return "cpu", f"{reason}; the model runs on the CPU"
+    return "cuda", ""
+
+
+def _compute_type(
+    request: Mapping[str, Any], engine: str, device: str, cards: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[str]]:
+    """Return the compute type of an engine, and notes; SttError where the card cannot do what is asked."""
+    if device == "cpu":
+        quantization, note = _stt.effective_quantization(request["quantization"], device)
+        return quantization, [note] if note else []
+    versions = request.get("ctranslate2") or {}
+    quantization, notes, refusals = _gpu_capability.settle(
+        {
+            "quantization": request["quantization"],
+            "engine": engine,
+            "ctranslate2": versions.get(engine, ""),
+        },
+        cards,
+    )
+    if refusals:
+        raise _stt.SttError("\n".join(refusals))
+    return quantization, notes
+
+
+def _engine(
+    request: Mapping[str, Any],
+    engine: str,
+    device: str,
+    facts: Facts,
+    cards: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
     release = _speaches_release(request, facts) if engine == "speaches" else _builtin_release(request, facts)
+    # After the release: a source that does not answer may lead to another engine.
+    quantization, notes = _compute_type(request, engine, device, cards)
     model = _model(request, engine, facts)
     stamp = _stt.stamp(
         engine, release["digest"], request["cuda_lock"] if device == "cuda" else "", release["python"]
@@ -154,13 +201,15 @@ def _engine(request: Mapping[str, Any], engine: str, device: str, facts: Facts) 
         "version": release["version"],
         "release": release,
         "model": model,
+        "compute_type": quantization,
+        "notes": notes,
         "stamp": stamp,
         "install": not installed,
         "provide_model": not copied or bool(model.get("fetch")),
         "cuda": device == "cuda",
         "system_python": facts.python_path,
         "state": STATES[engine],
-        **service(request, engine, release, model, device, stamp, facts.python),
+        **service(request, engine, release, model, device, quantization, stamp, facts.python),
     }
 
 
@@ -210,11 +259,11 @@ def service(
     release: Mapping[str, Any],
     model: Mapping[str, Any],
     device: str,
+    quantization: str,
     stamp: str,
     python: str,
 ) -> dict[str, Any]:
     """Return command line, environment and URLs of the unit."""
-    quantization = _stt.effective_quantization(request["quantization"], device)[0]
     home = f"{STATES[engine]}/hf"
     environment: dict[str, str] = {
         "HF_HOME": home,

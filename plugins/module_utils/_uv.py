@@ -242,6 +242,7 @@ class Settings:
     path: str
     requirements: str
     python: str
+    lock: str | None = None  # text of requirements, which is written with it
     build_constraints: str | None = None
     sources: tuple[str, ...] = ()
     compile_bytecode: bool = True
@@ -317,8 +318,10 @@ def uv_commands(settings: Settings, action: str) -> list[list[str]]:
 def read_inputs(settings: Settings) -> tuple[Inputs, str]:
     """The Inputs of these settings, and the text of the lock."""
     try:
-        with open(settings.requirements, encoding="utf-8") as stream:
-            lock = stream.read()
+        lock = settings.lock
+        if lock is None:
+            with open(settings.requirements, encoding="utf-8") as stream:
+                lock = stream.read()
         constraints = file_digest(settings.build_constraints) if settings.build_constraints else None
         sources = {source: source_digest(source) for source in settings.sources}
     except OSError as error:
@@ -386,6 +389,10 @@ def apply(
     previous = os.path.join(settings.path, RECORD_NAME)
     if os.path.exists(previous):
         os.unlink(previous)
+    if settings.lock is not None:
+        os.makedirs(os.path.dirname(settings.requirements), mode=0o755, exist_ok=True)
+        with open(settings.requirements, "w", encoding="utf-8") as stream:
+            stream.write(settings.lock)
     if plan.action == "create":
         os.makedirs(os.path.dirname(settings.path), mode=0o755, exist_ok=True)
     for argv in uv_commands(settings, plan.action):

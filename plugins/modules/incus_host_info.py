@@ -19,6 +19,10 @@ options:
       - Fail when no daemon answers.
     type: bool
     default: false
+  image:
+    description:
+      - Options of M(sottovoce.stack.incus_image_build); given, RV(image) tells whether it would build one.
+    type: dict
 extends_documentation_fragment:
   - sottovoce.stack.incus
 attributes:
@@ -66,6 +70,10 @@ backports_source:
   description: The deb822 stanza to be added for it; empty if it is among the host's sources already.
   returned: success
   type: str
+image:
+  description: What M(sottovoce.stack.incus_image_build) in check mode returns.
+  returned: when O(image) is given and the daemon answers
+  type: dict
 blocker:
   description: Why nothing can be done here, with what to do; empty if nothing is in the way.
   returned: success
@@ -76,7 +84,9 @@ blocker:
 import os
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible_collections.sottovoce.stack.plugins.module_utils import _apt_sources as apt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _image_build as image_build
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_host as host
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
     CONNECTION_SPEC,
@@ -92,10 +102,16 @@ def main() -> None:
         argument_spec={
             **CONNECTION_SPEC,
             "assume_started": {"type": "bool", "default": False},
+            "image": {"type": "dict"},
         },
         supports_check_mode=True,
     )
     params = module.params
+    asked = (
+        ArgumentSpecValidator(image_build.LOOK_SPEC).validate(params["image"]) if params["image"] else None
+    )
+    if asked and asked.error_messages:
+        module.fail_json(msg=f"image: {'; '.join(asked.error_messages)}")
     result = {
         "changed": False,
         "reachable": False,
@@ -119,6 +135,8 @@ def main() -> None:
                 pools=names,
                 installed=True,
             )
+            if asked:
+                result["image"] = image_build.look(client, asked.validated_parameters).result
     except IncusForbidden as error:
         result.update(installed=True, blocker=forbidden(error))
     except IncusError as error:

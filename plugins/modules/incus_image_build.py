@@ -143,47 +143,23 @@ seconds:
   type: float
 """
 
-import platform
-import subprocess
 import time
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.sottovoce.stack.plugins.module_utils import _image_build as image_build
-from ansible_collections.sottovoce.stack.plugins.module_utils._apt_sources import image_sources, read_sources
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
     CONNECTION_SPEC,
     Endpoint,
     IncusClient,
     IncusError,
 )
-from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images import probe_server
-
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "armhf", "riscv64": "riscv64"}
-
-
-def architecture() -> str:
-    try:
-        answer = subprocess.run(
-            ["dpkg", "--print-architecture"], capture_output=True, text=True, timeout=10, check=True
-        )
-        return answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return MACHINES.get(platform.machine(), platform.machine())
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             **CONNECTION_SPEC,
-            "alias": {"type": "str", "default": "sottovoce/debian/12"},
-            "distribution": {"type": "str", "default": "debian"},
-            "release": {"type": "str", "default": "bookworm"},
-            "components": {"type": "list", "elements": "str", "default": ["main"]},
-            "architecture": {"type": "str", "default": ""},
-            "packages": {"type": "list", "elements": "str", "required": True},
-            "needed_by": {"type": "list", "elements": "dict"},
-            "image_server": {"type": "str", "default": "https://images.linuxcontainers.org"},
-            "max_age": {"type": "float", "default": 30},
+            **image_build.LOOK_SPEC,
             "force": {"type": "bool", "default": False},
             "cache_path": {"type": "path", "default": ""},
             "build_timeout": {"type": "int", "default": 900},
@@ -201,58 +177,13 @@ def main() -> None:
 def run(module: AnsibleModule, client: IncusClient) -> None:
     params = module.params
     alias = params["alias"]
-    aliases = client.get("/1.0/images/aliases", query={"recursion": 1}).metadata or []
-    target = next((str(a["target"]) for a in aliases if a["name"] == alias), None)
-    result = {
-        "changed": False,
-        "would_change": False,
-        "tools_missing": image_build.tools_missing(),
-        "needed": True,
-        "image": alias if target else "",
-        "socket": "" if client.endpoint.url else client.endpoint.path,
-    }
-    if target:
-        result["fingerprint"] = target
-
-    if params["needed_by"] is not None and not params["force"]:
-        existing = client.get("/1.0/instances", query={"all-projects": True}).metadata or []
-        missing = image_build.missing_instances(params["needed_by"], existing)
-        if not image_build.wants_fallback(missing, aliases):
-            why = "images of all new containers are local" if missing else "all containers exist"
-            module.exit_json(**{**result, "needed": False, "reason": why})
-
-    recipe = image_build.Recipe(
-        distribution=params["distribution"],
-        release=params["release"],
-        architecture=params["architecture"] or architecture(),
-        packages=tuple(params["packages"]),
-        components=tuple(params["components"]),
-        sources=tuple(image_sources(read_sources(), params["release"], params["components"])),
-    )
-    why, before = f"there is no image {alias}", {}
-    if target:
-        properties = client.get(f"/1.0/images/{target}").metadata.get("properties") or {}
-        before = {"alias": alias, **{k: v for k, v in properties.items() if k.startswith("sottovoce.")}}
-        current, why = image_build.is_current(properties, recipe.digest, params["max_age"], time.time())
-        if image_build.RECIPE_PROPERTY not in properties and not params["force"]:
-            # Somebody's own image under that name: it is theirs to refresh.
-            module.exit_json(
-                **{**result, "reason": f"{alias} is not an image of this module; it is used as it is"}
-            )
-        if current and not params["force"]:
-            module.exit_json(**{**result, "reason": "the image is current"})
-    if params["force"]:
-        why = "force is set"
-    elif params["image_server"]:
-        unreachable = probe_server(params["image_server"])
-        if not unreachable:
-            module.exit_json(**{**result, "needed": False, "reason": f"{params['image_server']} answers"})
-        why += f", and {params['image_server']} does not answer ({unreachable})"
-
+    look = image_build.look(client, params, force=params["force"])
+    result, recipe = look.result, look.recipe
+    if recipe is None:
+        module.exit_json(**result)
+        return
     after = {"alias": alias, image_build.RECIPE_PROPERTY: recipe.digest}
-    result.update(
-        changed=True, would_change=True, image=alias, reason=why, diff={"before": before, "after": after}
-    )
+    result.update(changed=True, image=alias, diff={"before": look.before, "after": after})
     if module.check_mode:
         module.exit_json(**result)
 
@@ -268,9 +199,9 @@ def run(module: AnsibleModule, client: IncusClient) -> None:
             build=lambda what, path: image_build.build_rootfs(what, path, timeout=params["build_timeout"]),
         )
     except image_build.BuildError as error:
-        if not target:
+        if not look.target:
             raise
-        module.warn(f"{alias} was not refreshed ({why}): {error}")
+        module.warn(f"{alias} was not refreshed ({result['reason']}): {error}")
         module.exit_json(
             **{**result, "changed": False, "diff": {}, "reason": "the image could not be refreshed"}
         )
@@ -280,7 +211,7 @@ def run(module: AnsibleModule, client: IncusClient) -> None:
         **{
             **result,
             # The files of the cache may be those that are imported already.
-            "changed": fingerprint != target,
+            "changed": fingerprint != look.target,
             "fingerprint": fingerprint,
             "from_cache": built.from_cache,
             "seconds": round(time.monotonic() - started, 1),

@@ -179,12 +179,26 @@ resources:
   sample:
     - {kind: instance, project: ai-tools, name: webui, action: created, changes: {}, why: ""}
 instances:
-  description: The declared machines.
+  description:
+    - The declared machines, with name, project, static address, status, gpu (PCI addresses) and cards
+      (each with pci, name, uuid, vendor, capability, driver and mig).
   returned: always
   type: list
   elements: dict
   sample:
-    - {name: gpu-server, project: ai-tools, address: 10.120.0.1, gpu: ["0000:01:00.0"], status: Running}
+    - name: gpu-server
+      project: ai-tools
+      address: 10.120.0.1
+      status: Running
+      gpu: ["0000:01:00.0"]
+      cards:
+        - pci: "0000:01:00.0"
+          name: NVIDIA GeForce RTX 3060
+          uuid: GPU-0f3a1b2c-1111-2222-3333-444455556666
+          vendor: nvidia
+          capability: "8.6"
+          driver: 570.86.15
+          mig: ""
 notes:
   description: What a person should know; one line each.
   returned: always

@@ -83,7 +83,8 @@ instances:
   sample:
     - {name: webui, project: ai-tools, type: container, status: Running, address: 10.120.0.2, gpu: []}
 gpus:
-  description: PCI address, name, uuid and vendor of the cards, and the C(instances) that have them.
+  description: PCI address, name, uuid, vendor, driver, capability and (in a cluster) location of the cards,
+    and the C(instances) that claim them.
   returned: always
   type: list
   elements: dict

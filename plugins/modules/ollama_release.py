@@ -98,10 +98,6 @@ installed:
   description: Name of the release that is installed; empty if none.
   returned: success
   type: str
-running:
-  description: Name of the release whose program runs now; empty if none.
-  returned: success
-  type: str
 release:
   description: Name of the release to use; empty if there is none and none was found.
   returned: success

@@ -24,6 +24,8 @@ options:
     description: Seconds that each health URL has to answer.
     type: float
     default: 3
+seealso:
+  - module: sottovoce.stack.vram_health
 attributes:
   check_mode:
     support: full
@@ -58,11 +60,6 @@ memory:
   description: Memory of the machine in MiB (C(total_mib), C(available_mib)).
   returned: always
   type: dict
-gpus:
-  description: Cards that nvidia-smi shows, each with C(name), C(total_mib), C(used_mib), C(free_mib).
-  returned: always
-  type: list
-  elements: dict
 """
 
 from ansible.module_utils.basic import AnsibleModule
@@ -87,19 +84,12 @@ def main() -> None:
         shown = health.parse_show(out)
     with open("/proc/meminfo", encoding="ascii") as handle:
         memory = health.parse_meminfo(handle.read())
-    gpus = []
-    smi = module.get_bin_path("nvidia-smi")
-    if smi:
-        rc, out, _err = module.run_command(
-            [smi, "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
-        )
-        gpus = health.parse_nvidia_smi(out) if rc == 0 else []
     timeout = module.params["timeout"]
     services = [
         health.describe(unit, shown.get(unit.name, {}), lambda url: health.fetch_json(url, timeout))
         for unit in units
     ]
-    module.exit_json(changed=False, services=services, memory=memory, gpus=gpus)
+    module.exit_json(changed=False, services=services, memory=memory)
 
 
 if __name__ == "__main__":

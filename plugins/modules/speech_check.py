@@ -39,9 +39,13 @@ options:
     type: str
     default: ""
   audio:
-    description: WAV file on the target.
-    type: path
+    description: WAV file on the controller, looked for as the module M(ansible.builtin.copy) does.
+    type: str
     required: true
+  content:
+    description: The file in base64; set by the action plugin.
+    type: str
+    default: ""
   expected:
     description: What is said in it; empty skips the comparison.
     type: str
@@ -68,7 +72,7 @@ EXAMPLES = r"""
   sottovoce.stack.speech_check:
     url: http://127.0.0.1:3000
     credentials_file: /etc/sottovoce/open-webui-admin.json
-    audio: /tmp/sentence.wav
+    audio: sentence.wav
     expected: Open the window in the bathroom.
 """
 
@@ -87,6 +91,7 @@ seconds:
   type: float
 """
 
+import base64
 import json
 import time
 
@@ -103,7 +108,8 @@ def main() -> None:
             "api_key": {"type": "str", "default": "", "no_log": True},
             "model": {"type": "str", "default": "whisper-1"},
             "language": {"type": "str", "default": ""},
-            "audio": {"type": "path", "required": True},
+            "audio": {"type": "str", "required": True},
+            "content": {"type": "str", "default": "", "no_log": True},
             "expected": {"type": "str", "default": ""},
             "max_word_error_rate": {"type": "float", "default": 0.5},
             "timeout": {"type": "float", "default": 60},
@@ -117,8 +123,7 @@ def main() -> None:
         module.fail_json(msg=f"url must begin with http:// or https://, not {params['url']!r}")
     fields = {"language": params["language"]} if params["language"] else {}
     try:
-        with open(params["audio"], "rb") as handle:
-            audio = handle.read()
+        audio = base64.b64decode(params["content"], validate=True)
         if params["api"] == "open_webui":
             with open(params["credentials_file"], encoding="utf-8") as handle:
                 account = json.load(handle)

@@ -56,39 +56,37 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
-import threading
 import urllib.error
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_tree
+from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import within
 
 
 class Probe:
-    """Asks an address once, in a thread: name resolution has no timeout of its own."""
+    """Asks an address once."""
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.answers: dict[str, str] = {}
 
-    def _ask(self, url: str) -> None:
+    def _ask(self, url: str) -> str:
         try:
-            open_url(url, method="HEAD", timeout=self.patience)
-            self.answers[url] = ""
+            within(self.patience + 0.5, lambda: open_url(url, method="HEAD", timeout=self.patience))
         except urllib.error.HTTPError as error:
-            self.answers[url] = "" if error.code < 500 and error.code != 404 else f"HTTP {error.code}"
+            return "" if error.code < 500 and error.code != 404 else f"HTTP {error.code}"
         except Exception as error:  # whatever it is, the source does not answer
             reason = getattr(error, "reason", error)
-            self.answers[url] = str(getattr(reason, "strerror", None) or reason)
+            return str(getattr(reason, "strerror", None) or reason)
+        return ""
 
     def __call__(self, url: str) -> str:
         if url not in self.answers:
-            thread = threading.Thread(target=self._ask, args=(url,), daemon=True)
-            thread.start()
-            thread.join(self.patience + 0.5)
-            self.answers.setdefault(url, f"no answer within {self.patience:g} s")
+            self.answers[url] = self._ask(url)
         reason = self.answers[url]
         return f"{url.split('/')[2]}: {reason}" if reason else ""
 
@@ -119,6 +117,23 @@ def running(unit: str) -> bool:
     )
 
 
+def cards() -> list[dict[str, str]]:
+    """Return name, capability and driver of the cards that nvidia-smi sees; nothing where it is not there."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return []
+    query = ["--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        # An unknown card refuses nothing; gpu_userland says what is wrong with the driver.
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in told.splitlines()]
+    return [{"name": row[0], "capability": row[1], "driver": row[2]} for row in rows if len(row) == 3]
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -140,6 +155,7 @@ def main() -> None:
         unreachable=Probe(module.params["patience"]),
         has_python=has_python,
         running=[unit for unit in _stt.UNITS.values() if running(unit)],
+        cards=cards,
     )
     try:
         plan = _stt_plan.make_plan(request, facts)

@@ -26,6 +26,9 @@ options:
     description: Lock file on the target, all with hashes (made by C(uv pip compile --generate-hashes)).
     type: path
     required: true
+  lock:
+    description: Text of that lock file where it is not on the target yet; written there before installing.
+    type: str
   python:
     description:
       - Version (V(3.11)) or absolute path of the interpreter.
@@ -172,6 +175,8 @@ def main() -> None:
         argument_spec={
             "path": {"type": "path", "required": True},
             "requirements": {"type": "path", "required": True},
+            # No secret, but hundreds of kilobytes that no one wants in a log.
+            "lock": {"type": "str", "no_log": True},
             "python": {"type": "str", "default": "3.11"},
             "uv": {"type": "path", "required": True},
             "sources": {"type": "list", "elements": "path", "default": []},
@@ -191,7 +196,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     settings = Settings(**{**module.params, "sources": tuple(module.params["sources"])})
-    needed = [settings.requirements, *settings.sources]
+    needed = [*([settings.requirements] if settings.lock is None else []), *settings.sources]
     if module.check_mode and not all(os.path.exists(name) for name in needed):
         # An earlier task of the same run would have put them there.
         before = Record.load(settings.path)

@@ -8,11 +8,14 @@ incusd.py start [options]            starts one that stays, and prints what to e
 incusd.py stop FOLDER                removes that one
 incusd.py clean                      removes what test runs that were killed left behind
 
-Options: --pool auto|btrfs|dir|none, --size 30GiB, --image (imports the image that incus_host builds).
+Options: --pool auto|btrfs|dir|none, --size 30GiB, --image (imports the image that incus_host builds), --gpu N
+(the daemon sees N NVIDIA cards that are not there; `probe --gpu` says whether that can be done here).
 
 Two daemons share the kernel, so the names of bridges and their subnets must differ. COMMAND finds in
 SOTTOVOCE_TEST_OCTET the first of eight second octets (10.<n>.0.0 to 10.<n+7>.255.255) that nothing else
-here uses, and in SOTTOVOCE_TEST_ID four letters of its own to put into names.
+here uses, and in SOTTOVOCE_TEST_ID four letters of its own to put into names. With --gpu, also
+SOTTOVOCE_TEST_GPU_DIR, the folder through which simulated_gpu.py changes the cards, and SOTTOVOCE_HOST_ROOT,
+which shows the host preflight the same machine.
 """
 
 from __future__ import annotations
@@ -29,11 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import simulated_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT / ".collections") not in sys.path:
@@ -114,6 +119,12 @@ class Daemon:
         return self.folder / "incusd.log"
 
     @property
+    def cards(self) -> simulated_gpu.Cards | None:
+        """Its simulated cards, if it was started with some (or with none, but with a way to add them)."""
+        folder = self.folder / "gpu"
+        return simulated_gpu.Cards(folder) if folder.is_dir() else None
+
+    @property
     def record(self) -> dict[str, Any]:
         try:
             found: dict[str, Any] = json.loads((self.folder / "owner.json").read_text(encoding="utf-8"))
@@ -125,13 +136,17 @@ class Daemon:
     def environment(self) -> dict[str, str]:
         """What a command needs to talk to this daemon and to no other."""
         record = self.record
-        return {
+        found = {
             "INCUS_DIR": str(self.incus_dir),
             "INCUS_SOCKET": str(self.incus_dir / "unix.socket"),
             "INCUS_CONF": str(self.folder / "conf"),
             "SOTTOVOCE_TEST_ID": str(record.get("id", "")),
             "SOTTOVOCE_TEST_OCTET": str(record.get("octet", "")),
         }
+        if self.cards:
+            found["SOTTOVOCE_TEST_GPU_DIR"] = str(self.cards.folder)
+            found["SOTTOVOCE_HOST_ROOT"] = str(self.cards.host.root)
+        return found
 
     def client(self, timeout: float = 30.0) -> IncusClient:
         return IncusClient(Endpoint(socket=str(self.incus_dir / "unix.socket")), timeout=timeout)
@@ -144,18 +159,22 @@ class Daemon:
 
     # Start
 
+    def command(self, argv: list[str]) -> list[str]:
+        """What runs the daemon, under the same process id, where it finds its machine as it should."""
+        return self.cards.command(argv) if self.cards else argv
+
     def launch(self) -> None:
         daemon = incus_host.find_daemon()
         if not daemon:
             raise DaemonError("Incus is not installed.")
-        self.incus_dir.mkdir(mode=0o711)
-        (self.folder / "conf").mkdir(mode=0o700)
+        self.incus_dir.mkdir(mode=0o711, exist_ok=True)
+        (self.folder / "conf").mkdir(mode=0o700, exist_ok=True)
         env = {key: value for key, value in os.environ.items() if not key.startswith("INCUS_")}
         env["INCUS_DIR"] = str(self.incus_dir)
         env["PATH"] = f"{Path(daemon).parent}:/usr/sbin:/usr/bin:/sbin:/bin"
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [daemon, "--logfile", str(self.log)],
+                self.command([daemon, "--logfile", str(self.log)]),
                 env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True,
             )  # fmt: skip
         with contextlib.suppress(OSError, ValueError):
@@ -177,6 +196,36 @@ class Daemon:
                 if time.monotonic() > deadline:
                     raise DaemonError(f"The daemon is not ready: {error}\n{self.log_tail()}") from None
             time.sleep(0.05)
+
+    def reboot(self) -> None:
+        """What a reboot of the host is to Incus: instances shut down, the daemon ends and starts again."""
+        self._again(signal.SIGPWR)
+
+    def restart(self) -> None:
+        """The daemon ends and starts again; instances go on running. No instance may be just stopping."""
+        self._again(signal.SIGTERM)
+
+    def _again(self, number: signal.Signals) -> None:
+        pid = int(self.record["daemon_pid"])
+        started = _started(pid)
+        os.kill(pid, number)
+        deadline = time.monotonic() + READY_TIMEOUT
+        while _started(pid) == started:
+            if time.monotonic() > deadline:
+                raise DaemonError(f"The daemon does not end:\n{self.log_tail()}")
+            time.sleep(0.02)
+        if number == signal.SIGPWR:
+            self.wait_for_bridges()
+        self.launch()
+
+    def wait_for_bridges(self) -> None:
+        """Wait until no instance is on a bridge: Incus does not start one whose interfaces just vanish."""
+        deadline = time.monotonic() + 10
+        folders = [Path("/sys/class/net") / name / "brif" for name in self._networks_on_disk()]
+        while any(folder.is_dir() and any(folder.iterdir()) for folder in folders):
+            if time.monotonic() > deadline:
+                raise DaemonError("Interfaces of instances that have ended are still there.")
+            time.sleep(0.02)
 
     def _note(self, **values: Any) -> None:
         fresh = self.folder / "owner.json.new"
@@ -228,6 +277,9 @@ class Daemon:
                 networks |= self._empty()
             self._end(pid)
         self._end_helpers()
+        holder = int(record.get("holder_pid") or 0)
+        if holder and _started(holder) == record.get("holder_started"):
+            self._end(holder)
         for name in sorted(networks):
             self._drop_network(name)
         self._unmount()
@@ -403,8 +455,16 @@ def _used_octets() -> set[int]:
     return used
 
 
-def create(*, pool: str = "auto", size: str = "30GiB", image: bool = False, stays: bool = False) -> Daemon:
-    """Start a daemon in a fresh folder and wait until it is ready."""
+def create(
+    *,
+    pool: str = "auto",
+    size: str = "30GiB",
+    image: bool = False,
+    gpu: int | None = None,
+    stays: bool = False,
+    make: Callable[[Path], Daemon] = Daemon,
+) -> Daemon:
+    """Start a daemon in a fresh folder and wait until it is ready. gpu: how many cards it sees."""
     reasons = probe()
     if reasons:
         raise DaemonError(
@@ -417,7 +477,7 @@ def create(*, pool: str = "auto", size: str = "30GiB", image: bool = False, stay
             f"{base_folder()} is too long a path for the sockets below it; set SOTTOVOCE_TEST_DIR."
         )
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base_folder()))
-    daemon = Daemon(folder)
+    daemon = make(folder)
     try:
         # Containers' users must be able to reach their files below.
         folder.chmod(0o711)
@@ -432,6 +492,11 @@ def create(*, pool: str = "auto", size: str = "30GiB", image: bool = False, stay
             id="".join(secrets.choice("abcdefghijkmnpqrstuvwxyz") for _ in range(4)),
             octet=octets[0],
         )
+        if gpu is not None:
+            cards = simulated_gpu.Cards(folder / "gpu")
+            cards.create(gpu)
+            holder = cards.hold()
+            daemon._note(holder_pid=holder.pid, holder_started=_started(holder.pid))
         daemon.launch()
         if pool != "none":
             daemon.make_pool(pool, size)
@@ -486,21 +551,26 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="action", required=True)
-    commands.add_parser("probe", help="say whether this machine can run Incus")
+    sub = commands.add_parser("probe", help="say whether this machine can run Incus")
+    sub.add_argument("--gpu", action="store_true", help="and whether a card can be simulated")
     for name in ("run", "start"):
         sub = commands.add_parser(name)
         sub.add_argument("--pool", choices=["auto", "btrfs", "dir", "none"], default="auto")
         sub.add_argument("--size", default="30GiB", help="of the pool's (sparse) loop file")
         sub.add_argument("--image", action="store_true", help="import the image that incus_host builds")
+        sub.add_argument("--gpu", type=int, metavar="N", help="let it see N simulated NVIDIA cards")
         if name == "run":
             sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND")
     commands.add_parser("stop").add_argument("folder", type=Path)
     commands.add_parser("clean")
     arguments = parser.parse_args(argv)
-    options = {key: getattr(arguments, key) for key in ("pool", "size", "image") if hasattr(arguments, key)}
+    names = ("pool", "size", "image", "gpu")
+    options = {key: getattr(arguments, key) for key in names if hasattr(arguments, key)}
     try:
         if arguments.action == "probe":
             reasons = probe()
+            if arguments.gpu and not reasons and (reason := simulated_gpu.probe()):
+                reasons = [reason]
             print("\n".join(reasons) or f"Incus can run here ({incus_host.find_daemon()}).")
             return int(bool(reasons))
         if arguments.action == "run":
@@ -523,7 +593,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"removing {daemon.folder}")
             daemon.remove()
         return 0
-    except (DaemonError, IncusError, OSError) as error:
+    except (DaemonError, simulated_gpu.SimulationError, IncusError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
 

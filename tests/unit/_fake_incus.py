@@ -17,6 +17,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client impo
     Endpoint,
     IncusConflict,
     IncusError,
+    IncusForbidden,
     IncusNotFound,
     IncusOperationFailed,
     IncusPreconditionFailed,
@@ -47,6 +48,10 @@ class FakeServer:
         self.pools = ["default"]
         self.aliases: list[Obj] = [{"name": "lab", "target": "f" * 64, "type": "container"}]
         self.cards: list[Obj] = []
+        # Of a cluster: the cards of each member, and what /1.0/cluster/members says.
+        self.member_cards: dict[str, list[Obj]] = {}
+        self.members: list[Obj] = []
+        self.config: Obj | None = {}
         self.log: list[tuple[str, str]] = []
         self.extensions = list(EXTENSIONS)
         # Called before a request is carried out; raises to make it fail.
@@ -147,7 +152,11 @@ class FakeServer:
         parts = [unquote(p) for p in target.strip("/").split("/")][1:]
         project = query.get("project", "default")
         if not parts:
-            return Response(200, {"api_extensions": self.extensions, "environment": {}})
+            return self._server(method, body, etag)
+        if parts == ["cluster", "members"]:
+            return Response(200, copy.deepcopy(self.members))
+        if parts == ["resources"] and query.get("target"):
+            return Response(200, {"gpu": {"cards": self.member_cards[query["target"]]}})
         if parts == ["resources"]:
             return Response(200, {"gpu": {"cards": self.cards}})
         if parts == ["storage-pools"]:
@@ -173,8 +182,10 @@ class FakeServer:
             if kind == "volumes":
                 keys = [k for k in keys if k[1] == key[1]]
             return Response(200, [self.show(kind, k) for k in keys])
+        if whole and method == "POST" and kind == "networks" and self.members:
+            return self._create_on_members(key[0], body, query.get("target"))
         if whole and method == "POST":
-            return self._create(kind, (*key, body["name"]), body)
+            return self._create(kind, (*key, body["name"]), {**body, **self._location(kind, query)})
         if key not in objects:
             raise IncusNotFound(f"{kind} {key} not found", code=404)
         if method == "GET":
@@ -202,6 +213,26 @@ class FakeServer:
                 objects[key][field] = body[field]
         self._addresses()
         return Response(200, {})
+
+    def _server(self, method: str, body: Any, etag: str | None) -> Response:
+        now = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        if method == "PATCH":
+            if self.config is None:
+                raise IncusForbidden("not authorized", code=403)
+            if etag is not None and etag != now:
+                raise IncusPreconditionFailed("ETag doesn't match", code=412)
+            self.config = {k: v for k, v in {**self.config, **body["config"]}.items() if v}
+            return Response(200, {})
+        found: Obj = {
+            "api_extensions": self.extensions,
+            "environment": {"server_clustered": bool(self.members)},
+        }
+        if self.config is not None:
+            found["config"] = dict(self.config)
+        return Response(200, found, now)
+
+    def _location(self, kind: str, query: dict[str, str]) -> Obj:
+        return {"location": query["target"]} if query.get("target") else {}
 
     def _addresses(self) -> None:
         seen: dict[tuple[str, str], Any] = {}
@@ -233,6 +264,26 @@ class FakeServer:
                 raise
             if started:
                 self._state(key, {"action": "start"})
+        return Response(200, {})
+
+    def _create_on_members(self, project: str, body: Obj, member: str | None) -> Response:
+        """Every member has to be told of a network, without its configuration, before it can be made."""
+        key = (project, body["name"])
+        found = self.objects["networks"].get(key)
+        if member:
+            assert body.keys() == {"name", "type"}
+            if found is None:
+                self.add("networks", key, {**body, "status": "Pending", "locations": []})
+                found = self.objects["networks"][key]
+            if member in found["locations"]:
+                raise IncusConflict("Network is already defined on member", code=409)
+            found["locations"].append(member)
+            return Response(200, {})
+        if found is None or set(found["locations"]) != {m["server_name"] for m in self.members}:
+            raise IncusError("Network not defined on every member", code=400)
+        if found["status"] != "Pending":
+            raise IncusConflict("It already exists", code=409)
+        found.update({**body, "description": found["description"]}, status="Created")
         return Response(200, {})
 
     def _state(self, key: tuple[str, ...], body: Obj) -> Response:

@@ -267,6 +267,9 @@ class _Exec:
                         break
                     sock.sendall(frame(0x2, block))
                 elif self._process.poll() is not None:
+                    # It may have written between the two looks.
+                    while select.select([pipe], [], [], 0)[0] and (block := pipe.read(1 << 15)):
+                        sock.sendall(frame(0x2, block))
                     break
             sock.sendall(frame(0x1, b""))
         except OSError:

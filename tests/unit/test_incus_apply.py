@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from _fake_incus import FakeClient, FakeServer, desired, machine
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_apply as applying
+from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_gpu as gpu
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_infra as infra
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_plan as planning
 from ansible_collections.sottovoce.stack.plugins.module_utils import _incus_state as state
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_client import (
     IncusError,
+    IncusForbidden,
     IncusOperationFailed,
     IncusUnreachable,
 )
@@ -338,3 +340,104 @@ def test_bridges_are_removed_one_at_a_time_and_again_if_another_vanished(server:
     assert set(actions(run(server, desired(), state="absent")).values()) == {"deleted"}
     assert most[0] == 1
     assert len(tries) == 7
+
+
+# Leases of cards
+
+CARD = "0000:01:00.0"
+LEASE = f"user.sottovoce.gpu.{CARD}"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def leasing(server: FakeServer, clock: Clock, **more: Any) -> applying.Applier:
+    claim = gpu.Claim("a", "one", CARD)
+    step = planning.Step("instance", "a", "one", "created", planning.INSTANCES, leases=[claim])
+    step.body = {"name": "one", "devices": {"gpu0": {"type": "gpu", "pci": CARD}}}
+    return applying.Applier(
+        FakeClient(server),  # type: ignore[arg-type]
+        planning.Plan(steps=[step]),
+        mark="home",
+        cards=[gpu.Card(CARD, "10de", "card")],
+        clock=lambda: clock.now,
+        sleep=clock.sleep,
+        **more,
+    )
+
+
+def test_a_lease_left_behind_is_taken_over_after_a_while(server: FakeServer) -> None:
+    server.add("projects", ("a",), {"name": "a"})
+    server.config = {LEASE: "x/gone", "core.other": "1"}
+    clock = Clock()
+    assert leasing(server, clock).run().failed == []
+    assert server.config == {LEASE: "a/one", "core.other": "1"}
+    assert clock.now >= applying.LEASE_GRACE
+    server.config = {f"{LEASE}/11": "x/gone"}
+    server.objects["instances"].clear()
+    assert leasing(server, Clock()).run().failed == []
+    assert server.config == {LEASE: "a/one"}
+
+
+def test_a_lease_whose_machine_appears_meanwhile_stands(server: FakeServer) -> None:
+    server.add("projects", ("a",), {"name": "a"})
+    server.config = {LEASE: "x/new"}
+    clock = Clock()
+
+    def hook(method: str, path: str, body: Any) -> None:
+        if clock.now >= 3 and ("x", "new") not in server.objects["instances"]:
+            device = {"type": "gpu", "pci": CARD}
+            server.add("instances", ("x", "new"), {"name": "new", "devices": {"g": device}})
+
+    server.hook = hook
+    outcome = leasing(server, clock).run()
+    assert "given to machine new of project x by another run" in outcome.failed[0][1]
+    assert ("a", "one") not in server.objects["instances"]
+    assert server.config == {LEASE: "x/new"}
+
+
+def test_the_last_of_two_writes_at_one_instant_stands(server: FakeServer) -> None:
+    """Both were let through by If-Match: the first one looks again and gives way."""
+    server.add("projects", ("a",), {"name": "a"})
+    clock = Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if server.config == {LEASE: "a/one"}:
+            server.config = {LEASE: "x/fast"}
+            device = {"type": "gpu", "pci": CARD}
+            server.add("instances", ("x", "fast"), {"name": "fast", "devices": {"g": device}})
+
+    applier = leasing(server, clock)
+    applier.sleep = sleep
+    assert "given to machine fast" in applier.run().failed[0][1]
+    assert ("a", "one") not in server.objects["instances"]
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_a_client_without_rights_goes_on_with_a_note(server: FakeServer, hidden: bool) -> None:
+    server.add("projects", ("a",), {"name": "a"})
+    server.config = None if hidden else {}
+
+    def hook(method: str, path: str, body: Any) -> None:
+        if method == "PATCH":
+            raise IncusForbidden("not authorized", code=403)
+
+    server.hook = hook
+    outcome = leasing(server, Clock()).run()
+    assert outcome.failed == []
+    assert "No lease was taken for the card of one" in outcome.notes[0]
+
+
+def test_what_a_hook_says_is_shown(server: FakeServer) -> None:
+    server.start_fails.add("one")
+    server.lxc_log = b"lxc one 1 DEBUG conf - Script exec hook produced output: no driver\nlxc one 2 INFO x\n"
+    message = str(fails(server, desired(machine("one", config={"nvidia.runtime": "true"}))))
+    assert "produced output: no driver" in message
+    assert "INFO" not in message
+    assert "nvidia-container-cli info" in message

@@ -324,7 +324,7 @@ def test_a_gpu_is_given_kept_and_taken_back(server: FakeServer) -> None:
     server.cards = []
     gone = run(server, desired(machine("one", gpu={"optional": True})))
     assert gone["resources"][-1]["changes"].keys() == {
-        f"devices.gpu0.{k}" for k in ("gputype", "pci", "type")
+        f"devices.gpu0.{k}" for k in ("gputype", "mode", "pci", "type")
     }
     assert any("runs without a GPU" in n for n in gone["notes"])
 
@@ -568,3 +568,214 @@ def test_info(server: FakeServer) -> None:
     assert found["gpus"][0]["instances"] == ["a/one"]
     everything = infra.info(FakeClient(server), None)  # type: ignore[arg-type]
     assert {i["name"] for i in everything["instances"]} == {"one", "guest"}
+
+
+# Claims, runtime and members
+
+
+FACTS = {"uuid": "GPU-aa", "cuda_version": "12.8", "nvrm_version": "570.1", "architecture": "8.6"}
+
+
+def nvidia(pci: str = "0000:01:00.0", **more: Any) -> Obj:
+    return {**card(pci), "driver": "nvidia", "nvidia": {**FACTS, **more}}
+
+
+def gpu_machine(name: str = "one", host: int = 1, **more: Any) -> Obj:
+    return machine(name, host, **{"gpu": {"optional": False}, **more})
+
+
+@pytest.fixture
+def tools(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    monkeypatch.setattr(state, "nvidia_hook", lambda: True)
+    server.cards = [nvidia()]
+    return server
+
+
+def config_of(server: FakeServer, name: str = "one") -> Obj:
+    found: Obj = server.objects["instances"]["a", name]["config"]
+    return found
+
+
+def test_the_runtime_and_the_driver_are_written(tools: FakeServer) -> None:
+    result = run(tools, desired(gpu_machine()))
+    config = config_of(tools)
+    assert config["nvidia.runtime"] == "true"
+    assert config["nvidia.driver.capabilities"] == "compute,utility"
+    assert config["user.sottovoce.gpu.driver"] == "570.1"
+    assert [c["driver"] for c in result["instances"][0]["cards"]] == ["570.1"]
+    assert tools.config == {"user.sottovoce.gpu.0000:01:00.0": "a/one"}
+    assert run(tools, desired(gpu_machine()))["changed"] is False
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [({"security.privileged": "true"}, None), ({"nvidia.runtime": "false"}, "false")],
+)
+def test_the_runtime_is_left_out(tools: FakeServer, config: Obj, left: str | None) -> None:
+    run(tools, desired(gpu_machine(config=config)))
+    assert config_of(tools).get("nvidia.runtime") == left
+    assert "nvidia.driver.capabilities" not in config_of(tools)
+
+
+def test_no_runtime_without_the_hook_or_the_tools(tools: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools.cards = [nvidia(cuda_version="")]
+    run(tools, desired(gpu_machine()))
+    assert "nvidia.runtime" not in config_of(tools)
+    tools.cards = [nvidia()]
+    monkeypatch.setattr(state, "nvidia_hook", lambda: False)
+    run(tools, desired(gpu_machine()))
+    assert "nvidia.runtime" not in config_of(tools)
+
+
+def test_another_driver_restarts_with_the_reason(tools: FakeServer) -> None:
+    run(tools, desired(gpu_machine()))
+    tools.cards = [nvidia(nvrm_version="580.2")]
+    result = run(tools, desired(gpu_machine()))
+    assert actions(result)["one"] == "restarted"
+    why = next(r["why"] for r in result["resources"] if r["name"] == "one")
+    assert why == "the host's driver went from 570.1 to 580.2: a running container keeps the old libraries"
+    assert config_of(tools)["user.sottovoce.gpu.driver"] == "580.2"
+    assert run(tools, desired(gpu_machine()))["changed"] is False
+
+
+def test_a_driver_that_is_not_loaded_takes_nothing_away(tools: FakeServer) -> None:
+    run(tools, desired(gpu_machine()))
+    tools.cards = [card("0000:01:00.0")]
+    assert run(tools, desired(gpu_machine()))["changed"] is False
+
+
+def test_somebody_elses_claim_is_refused_and_shared_is_told(tools: FakeServer) -> None:
+    tools.add("projects", ("b",), {"name": "b"})
+    tools.add("profiles", ("b", "ai"), {"name": "ai", "devices": {"g": {"type": "gpu"}}})
+    tools.add("instances", ("b", "box"), {"name": "box", "profiles": ["ai"]})
+    message = refused(tools, desired(gpu_machine()))
+    assert "machine box of project b (stopped, by profile ai, device g)" in message
+    assert "incus profile device remove ai g --project b" in message
+    assert tools.config == {}
+    shared = run(tools, desired(gpu_machine(), gpu_policy="shared"))
+    assert any("shares card 0000:01:00.0 with b/box" in n for n in shared["notes"])
+
+
+def test_ours_but_not_declared_holds_its_card_until_pruned(tools: FakeServer) -> None:
+    run(tools, desired(gpu_machine("old")))
+    new = desired(gpu_machine("new", 2))
+    assert "machine old of project a (running, by device gpu0)" in refused(tools, new)
+    assert actions(run(tools, new, prune=True), "instance") == {"old": "deleted", "new": "created"}
+    assert tools.config == {"user.sottovoce.gpu.0000:01:00.0": "a/new"}
+
+
+def test_the_giver_comes_before_the_taker(tools: FakeServer) -> None:
+    run(tools, desired(gpu_machine("b"), machine("a", 2)))
+    tools.log.clear()
+    result = run(tools, desired(machine("b"), gpu_machine("a", 2)))
+    puts = [path for method, path in tools.log if method == "PUT" and path.count("/") == 3]
+    assert puts == ["/1.0/instances/b", "/1.0/instances/a"]
+    assert result["instances"][-1]["gpu"] == ["0000:01:00.0"]
+    assert tools.config == {"user.sottovoce.gpu.0000:01:00.0": "a/a"}
+
+
+def test_cards_can_be_swapped(tools: FakeServer) -> None:
+    tools.cards = [nvidia(), nvidia("0000:02:00.0")]
+    first, second = {"pci": "0000:01:00.0"}, {"pci": "0000:02:00.0"}
+    run(tools, desired(gpu_machine("a", gpu=first), gpu_machine("b", 2, gpu=second)))
+    run(tools, desired(gpu_machine("a", gpu=second), gpu_machine("b", 2, gpu=first)))
+    assert tools.objects["instances"]["a", "a"]["devices"]["gpu0"]["pci"] == "0000:02:00.0"
+    assert tools.objects["instances"]["a", "b"]["devices"]["gpu0"]["pci"] == "0000:01:00.0"
+
+
+def test_an_unselected_profile_device_is_narrowed(tools: FakeServer) -> None:
+    profile = {"project": "a", "name": "g", "devices": {"gpu": {"type": "gpu"}}}
+    wanted = desired(machine("one", profiles=["default", "g"]), profiles=[profile])
+    run(tools, wanted)
+    assert tools.objects["instances"]["a", "one"]["devices"]["gpu"]["pci"] == "0000:01:00.0"
+    assert run(tools, wanted)["changed"] is False
+
+
+def test_a_project_is_restricted_only_while_it_has_no_gpu(tools: FakeServer) -> None:
+    run(tools, desired(gpu_machine()))
+    project = tools.objects["projects"]["a",]
+    assert "restricted" not in project["config"]
+    run(tools, desired(machine("one")))
+    assert project["config"].items() >= planning.RESTRICTION.items()
+    tools.log.clear()
+    assert run(tools, desired(machine("one")))["changed"] is False
+    run(tools, desired(gpu_machine()))
+    # Only switched off: an instance may need what the other keys open.
+    assert project["config"].items() >= {**planning.RESTRICTION, "restricted": "false"}.items()
+    tools.log.clear()
+    assert run(tools, desired(gpu_machine()))["changed"] is False
+
+
+def clustered(server: FakeServer) -> None:
+    server.member_cards = {"m1": [], "m2": [nvidia()], "m3": [nvidia()]}
+    server.members = [
+        {"server_name": m, "status": s, "groups": g, "config": {}}
+        for m, s, g in (
+            ("m1", "Online", ["default"]),
+            ("m2", "Online", ["default", "gpu"]),
+            ("m3", "Online", ["default", "gpu"]),
+            ("m4", "Offline", ["default", "gpu"]),
+        )
+    ]
+
+
+@pytest.mark.parametrize("target", [None, "@gpu"])
+def test_a_member_with_a_free_card_is_chosen_and_kept(tools: FakeServer, target: str | None) -> None:
+    clustered(tools)
+    wanted = desired(gpu_machine("one", target=target), gpu_machine("two", 2, target=target))
+    told = run(tools, wanted, check=True)
+    assert [r["why"] for r in told["resources"] if r["kind"] == "instance"] == [
+        "on member m2",
+        "on member m3",
+    ]
+    run(tools, wanted)
+    instances = tools.objects["instances"]
+    assert [instances["a", n]["location"] for n in ("one", "two")] == ["m2", "m3"]
+    assert tools.config == {
+        "user.sottovoce.gpu.0000:01:00.0@m2": "a/one",
+        "user.sottovoce.gpu.0000:01:00.0@m3": "a/two",
+    }
+    assert run(tools, wanted)["changed"] is False
+    more = desired(*wanted["instances"], gpu_machine("three", 3, target=target))
+    assert "on m3, with a/two" in refused(tools, more)
+    plain = desired(*wanted["instances"], gpu_machine("three", 3, target="m1"))
+    assert "member m1 has no GPU" in refused(tools, plain)
+
+
+@pytest.mark.parametrize("announced", [[], ["m1"]])
+def test_a_network_is_announced_to_every_member_first(tools: FakeServer, announced: list[str]) -> None:
+    """A run that was killed in between left it pending: the next one goes on."""
+    clustered(tools)
+    wanted = desired(machine("one"))
+    (network,) = wanted["networks"]
+    network["description"] = "Domain a"
+    name = network["name"]
+    for member in announced:
+        FakeClient(tools).request(
+            "POST", "/1.0/networks", query={"target": member}, body={"name": name, "type": "bridge"}
+        )
+    told = run(tools, wanted, check=True)
+    assert [r["action"] for r in told["resources"] if r["kind"] == "network"] == ["created"]
+    run(tools, wanted)
+    made = tools.objects["networks"]["default", name]
+    assert (made["status"], made["locations"]) == ("Created", ["m1", "m2", "m3", "m4"])
+    assert made["description"] == "Domain a"
+    assert made["config"].items() >= network["config"].items()
+    tools.log.clear()
+    assert run(tools, wanted)["changed"] is False
+    assert ("GET", "/1.0/cluster/members") not in tools.log
+
+
+def test_a_new_volume_goes_to_the_member_of_its_machine(tools: FakeServer) -> None:
+    clustered(tools)
+    disk = {"type": "disk", "source": "data", "pool": "default", "path": "/srv/data"}
+    volume = {"project": "a", "name": "data", "pool": "default", "config": {}}
+    one = gpu_machine("one")
+    one["devices"]["data"] = disk
+    wanted = desired(one, volumes=[volume])
+    run(tools, wanted)
+    assert tools.objects["volumes"]["a", "default", "data"]["location"] == "m2"
+    later = {**volume, "name": "more"}
+    one["devices"]["more"] = {**disk, "source": "more", "path": "/srv/more"}
+    run(tools, desired(one, volumes=[volume, later]))
+    assert tools.objects["volumes"]["a", "default", "more"]["location"] == "m2"

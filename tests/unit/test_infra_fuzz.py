@@ -126,7 +126,7 @@ def test_mutations_of_valid_documents(seed: Any, chance: int, times: int, value:
             case 0:
                 del where[key]
             case 1:
-                where[key] = value
+                where[key] = copy.deepcopy(value)
             case 2:
                 where[key] = copy.deepcopy(dice.choice(spots)[0])
             case _ if isinstance(where, dict):

@@ -65,12 +65,15 @@ REFUSED = [
      "domains.a.machines.m.ip", "no IPv4 address"),
     ("two-gpus", """
         domains:
-          a: {machines: {m: {gpu: true}}}
+          a: {machines: {m: {gpu: {pci: "01:00.0"}}}}
           b:
-            profiles: {g: {devices: {gpu: {type: gpu}}}}
             machines:
-              n: {profiles: [default, g]}
-        """, 8, "domains.b.machines.n.profiles", r"2 ask for it: m, n; .*global.gpu_policy: shared"),
+              n: {gpu: {pci: "0000:01:00.0"}}
+        """, 7, "domains.b.machines.n.gpu", r"2 ask for 0000:01:00.0: m, n; .*global.gpu_policy: shared"),
+    ("two-all", "domains: {a: {machines: {m: {gpu: {all: true}}, n: {gpu: {all: true}}}}}", 3,
+     "domains.a.machines.n.gpu", "2 ask for all: m, n"),
+    ("two-slices", "domains: {a: {machines: {m: {gpu: {mig: MIG-Aa}}, n: {gpu: {mig: MIG-aA}}}}}", 3,
+     "domains.a.machines.n.gpu", "2 ask for mig-aa: m, n"),
     ("gpu-twice", """
         domains:
           a:
@@ -85,11 +88,17 @@ REFUSED = [
     ("gpu-cdi-device", "domains: {a: {machines: {m: {devices: {g: {type: gpu, id: nvidia.com/gpu=all}}}}}}", 3,
      "domains.a.machines.m.devices.g.id", "CDI name"),
     ("gpu-two-choices", "domains: {a: {machines: {m: {gpu: {pci: '01:00.0', count: 1}}}}}", 3,
-     "domains.a.machines.m.gpu", "by one of pci, uuid, count, not by pci and count"),
+     "domains.a.machines.m.gpu", "by one of pci, uuid, count, all, mig .*not by pci and count"),
     ("gpu-pci", "domains: {a: {machines: {m: {gpu: {pci: first}}}}}", 3,
      "domains.a.machines.m.gpu.pci", "no PCI address"),
     ("gpu-mig", "domains: {a: {machines: {m: {gpu: {uuid: MIG-1}}}}}", 3,
-     "domains.a.machines.m.gpu.uuid", "MIG slice"),
+     "domains.a.machines.m.gpu.uuid", "is a MIG slice, not a card; write gpu: .mig: MIG-1"),
+    ("gpu-mig-word", "domains: {a: {machines: {m: {gpu: {mig: half}}}}}", 3,
+     "domains.a.machines.m.gpu.mig", "neither the UUID of a MIG slice"),
+    ("gpu-mig-cdi", "domains: {a: {machines: {m: {gpu: {mig: nvidia.com/mig-1g.5gb=0}}}}}", 3,
+     "domains.a.machines.m.gpu.mig", "CDI name"),
+    ("gpu-uuid-cdi", "domains: {a: {machines: {m: {gpu: {uuid: nvidia.com/gpu=0}}}}}", 3,
+     "domains.a.machines.m.gpu.uuid", "CDI name"),
     ("gpu-word", "domains: {a: {machines: {m: {gpu: nvidia}}}}", 3,
      "domains.a.machines.m.gpu", "must be true, false or a mapping"),
     ("profile", """

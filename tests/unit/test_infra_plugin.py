@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from _infra_support import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,6 +282,37 @@ def test_wiring_follows_language_and_key_wherever_they_are_set(folder: Path, tmp
         expected = f"language={language}"
         result = ansible("ansible-playbook", "-i", folder, "-e", expected, "-e", extra, playbook, cwd=folder)
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("server", "webui", "url", "model", "key"),
+    [
+        ("other: 1", "other: 1", "", "KOKORO", ""),
+        ("stt_server_tts_model: org/voice", "other: 1", "http://10.120.0.1:8000/v1", "org/voice", "s3"),
+        ("stt_server_tts_model: org/voice", "open_webui_tts_url: ''", "", "org/voice", ""),
+        ("other: 1", "open_webui_tts_url: http://tts/v1", "http://tts/v1", "KOKORO", ""),
+    ],
+)
+def test_speech_output_is_wired_where_the_server_has_a_model_for_it(
+    folder: Path, tmp_path: Path, server: str, webui: str, url: str, model: str, key: str
+) -> None:
+    (folder / "host_vars").mkdir()
+    (folder / "host_vars/gpu-server.yml").write_text(f"{server}\nstt_server_api_key: s3\n")
+    (folder / "host_vars/webui.yml").write_text(f"{webui}\n")
+    defaults = yaml.safe_load((ROOT / "roles/open_webui/defaults/main.yml").read_text())
+    default = defaults["open_webui_tts_model"]
+    playbook = tmp_path / "wires.yml"
+    playbook.write_text("""
+- hosts: webui
+  gather_facts: false
+  connection: local
+  tasks:
+    - ansible.builtin.assert:
+        that: [open_webui_tts_url == url, open_webui_tts_model == model, open_webui_tts_api_key == key]
+""")
+    expected = json.dumps({"url": url, "model": model.replace("KOKORO", default), "key": key})
+    result = ansible("ansible-playbook", "-i", folder, "-e", expected, playbook, cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_an_encrypted_document(folder: Path) -> None:

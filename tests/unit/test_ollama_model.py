@@ -396,5 +396,5 @@ def test_name_lookup_is_inside_the_time_limit(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("socket.create_connection", slow)
     start = time.monotonic()
-    assert _ollama.can_connect("registry.invalid", 443, 0.3) == "no answer for 0.3 s"
+    assert _ollama.can_connect("registry.invalid", 443, 0.3) == "no answer within 0.3 s"
     assert time.monotonic() - start < 1.4

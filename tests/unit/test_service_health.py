@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _service_health as health
 
 UNIT = """[Unit]
@@ -39,13 +42,6 @@ def test_memory_mib_knows_the_values_that_mean_not_accounted() -> None:
     assert health.memory_mib("[not set]") is None
     assert health.memory_mib(str(2**64 - 1)) is None
     assert health.memory_mib(None) is None
-
-
-def test_parse_nvidia_smi_skips_what_is_no_card() -> None:
-    text = "NVIDIA H100, 81559, 1200\nNo devices were found\nX, [N/A], 3\n"
-    assert health.parse_nvidia_smi(text) == [
-        {"name": "NVIDIA H100", "total_mib": 81559, "used_mib": 1200, "free_mib": 80359}
-    ]
 
 
 def describe(
@@ -123,3 +119,29 @@ def test_wait_ends_in_time_and_tells_the_last_answer() -> None:
     assert wait([(503, None, "HTTP 503")], ["active"]).problem == (
         "no healthy answer within 1 s, the last was: HTTP 503"
     )
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = {"/ok?a=1": b'{"a": 1}', "/text": b"fine"}.get(self.path)
+        self.send_response(503 if body is None else 200)
+        self.end_headers()
+        self.wfile.write(body or b"{}")
+
+    def log_message(self, *_arguments: Any) -> None:
+        """Quiet."""
+
+
+def test_fetch_json_never_raises_for_what_a_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert health.fetch_json(f"{url}/ok?a=1", 5) == (200, {"a": 1}, "")
+        assert health.fetch_json(f"{url}/text", 5) == (200, None, "")
+        assert health.fetch_json(f"{url}/broken", 5) == (503, None, "HTTP 503")
+        server.shutdown()
+    status, body, error = health.fetch_json(url, 5)
+    assert (status, body, bool(error)) == (None, None, True)
+    for wrong in ("http://[::1", "http://127.0.0.1:port/", "nonsense"):
+        assert health.fetch_json(wrong, 1)[:2] == (None, None)

@@ -248,3 +248,12 @@ def test_local_ids_are_ids_the_cache_can_hold(name: str) -> None:
     # `--` would be read back as a slash.
     assert re.fullmatch(r"local/[A-Za-z0-9][\w.]*(-[\w.]+)*-0123456789ab", identifier)
     assert _stt.hub_folder(identifier).removeprefix("models--").replace("--", "/") == identifier
+
+
+def test_only_speaches_speaks_and_only_with_a_model_of_the_hub() -> None:
+    model = "speaches-ai/Kokoro-82M-v1.0-ONNX"
+    assert stt_problems({"stt_server_tts_model": model}) == []
+    (found,) = stt_problems({"stt_server_tts_model": model, "stt_server_engine": "builtin"})
+    assert "set stt_server_engine: speaches" in found
+    (found,) = stt_problems({"stt_server_tts_model": "kokoro"})
+    assert "'kokoro' is no id on the hub" in found

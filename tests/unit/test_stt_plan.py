@@ -65,6 +65,7 @@ class Machine:
             unreachable=self._unreachable,
             has_python=lambda python: python in there.get("pythons", ()),
             running=there.get("running", ()),
+            cards=lambda: there.get("cards", ()),
         )
 
     def _unreachable(self, url: str) -> str:
@@ -217,7 +218,7 @@ def test_folder_on_the_machine() -> None:
 
 def test_gpu() -> None:
     machine = Machine(nodes=["nvidia0", "nvidiactl", "nvidia-uvm"])
-    plan = _stt_plan.make_plan(request(engine="builtin"), machine.facts)
+    plan = _stt_plan.make_plan(request(engine="builtin", cards=[{"capability": "8.6"}]), machine.facts)
     assert (plan["device"], plan["compute_type"], plan["cuda"]) == ("cuda", "float16", True)
     assert plan["notes"] == []
     assert plan["environment"]["LD_LIBRARY_PATH"].startswith(
@@ -271,3 +272,59 @@ def test_summary_tells_what_the_engine_says() -> None:
     # In check mode nothing was asked.
     assert _stt_plan.summarize(plan, True, "", {"skipped": True})["quantization"] == "int8"
     assert _stt_plan.summarize(plan, False, "10.1.2.3", {})["url"] == ""
+
+
+GPU = ("nvidia0", "nvidiactl", "nvidia-uvm")
+VERSIONS = {"speaches": "4.5.0", "builtin": "4.8.5"}
+
+
+def on_card(capability: str, quantization: str, **changes: Any) -> dict[str, Any]:
+    asked = request(quantization=quantization, ctranslate2=VERSIONS, **{"engine": "builtin", **changes})
+    cards = [{"name": "Card", "capability": capability}]
+    return _stt_plan.make_plan(asked, Machine(nodes=GPU, cards=cards, pythons=["3.12"]).facts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "device", "compute_type", "noted"),
+    [
+        ("8.6", "auto", "cuda", "float16", False),
+        ("7.5", "int8_float16", "cuda", "int8_float16", False),
+        ("6.1", "auto", "cuda", "int8", False),
+        ("6.1", "float16", "cuda", "int8", True),
+        ("5.2", "auto", "cpu", "int8", True),
+        ("", "auto", "cuda", "float16", True),
+        ("", "bfloat16", "cuda", "bfloat16", True),
+    ],
+)
+def test_the_card_decides_the_compute_type(
+    capability: str, asked: str, device: str, compute_type: str, noted: bool
+) -> None:
+    plan = on_card(capability, asked)
+    assert (plan["device"], plan["compute_type"], bool(plan["notes"])) == (device, compute_type, noted)
+    assert plan["environment"]["VOICEGATE_COMPUTE_TYPE"] == compute_type
+    assert plan["environment"]["VOICEGATE_DEVICE"] == device
+
+
+def test_what_a_card_cannot_compute_is_refused() -> None:
+    with pytest.raises(_stt.SttError, match=r"bfloat16.*Card \(Turing.*stt_server_quantization: float16"):
+        on_card("7.5", "bfloat16")
+    with pytest.raises(_stt.SttError, match=r"stt_server_device: cpu"):
+        on_card("5.2", "auto", device="cuda")
+
+
+def test_int8_on_blackwell_depends_on_the_engine() -> None:
+    with pytest.raises(_stt.SttError, match=r"engine speaches brings CTranslate2 4\.5\.0"):
+        on_card("12.0", "int8", engine="speaches")
+    assert on_card("12.0", "int8", engine="builtin")["compute_type"] == "int8"
+    assert on_card("12.0", "auto", engine="speaches")["compute_type"] == "float16"
+
+
+def test_what_apply_found_counts_before_the_driver() -> None:
+    machine = Machine(nodes=GPU, cards=[{"capability": "6.1"}])
+    asked = request(engine="builtin", quantization="auto", cards=[{"capability": "8.6"}])
+    assert _stt_plan.make_plan(asked, machine.facts)["compute_type"] == "float16"
+
+
+def test_auto_on_a_cpu() -> None:
+    plan = _stt_plan.make_plan(request(engine="builtin", quantization="auto"), Machine().facts)
+    assert (plan["device"], plan["compute_type"], plan["notes"]) == ("cpu", "int8", [])

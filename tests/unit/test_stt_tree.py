@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible_collections.sottovoce.stack.plugins.filter.stt import stt_request
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_tree
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,6 +199,14 @@ def test_request_reads_the_controller(tmp_path: Path) -> None:
     assert request["model_digest"] == _stt_tree.digest(model)
     assert request["gateway_version"]
     assert request["cuda_lock"]
+    assert request["ctranslate2"]["builtin"].startswith("4.")
+
+
+def test_nothing_falls_back_to_an_engine_that_cannot_speak(tmp_path: Path) -> None:
+    asked = settings(engine="speaches", engine_fallback="builtin")
+    assert stt_request(asked, str(ROOT / "gateway"), str(tmp_path))["engine_fallback"] == "builtin"
+    asked["tts_model"] = "speaches-ai/Kokoro-82M-v1.0-ONNX"
+    assert stt_request(asked, str(ROOT / "gateway"), str(tmp_path))["engine_fallback"] == ""
 
 
 def test_request_names_what_is_wrong_on_the_controller(tmp_path: Path) -> None:
@@ -216,3 +225,12 @@ def test_a_folder_that_is_not_on_the_controller_may_be_on_the_machine(tmp_path: 
     request = stt_request(settings(model="/srv/there"), str(ROOT / "gateway"), str(tmp_path))
     assert request["problems"] == []
     assert request["model_digest"] == ""
+
+
+def test_the_version_of_ctranslate2_is_known_for_the_pinned_speaches_alone() -> None:
+    defaults = yaml.safe_load((ROOT / "roles/stt_server/defaults/main.yml").read_text(encoding="utf-8"))
+    pinned = defaults["stt_server_speaches_digest"]
+    request = stt_request(settings(speaches_digest=pinned), str(ROOT / "gateway"))
+    assert request["ctranslate2"]["speaches"] == _stt.SPEACHES_CTRANSLATE2
+    other = stt_request(settings(speaches_digest="0" * 64), str(ROOT / "gateway"))
+    assert other["ctranslate2"]["speaches"] == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _summary
 
 INFRA = {
@@ -30,6 +31,13 @@ def test_infra_summary_tells_actions_and_what_was_left_alone() -> None:
     ]
     assert _summary.infra_summary({"resources": [{"kind": "n", "name": "x", "action": "unchanged"}]}) == [
         "nothing to do"
+    ]
+
+
+def test_apply_summary_tells_what_was_found_on_the_host() -> None:
+    assert _summary.apply_summary({}, None, ["first"], {"notes": ["no uvm [uvm-unit]"]}) == [
+        "note: first",
+        "note: host: no uvm [uvm-unit]",
     ]
 
 
@@ -111,8 +119,18 @@ def test_status_table_has_a_line_per_service_and_per_silent_machine() -> None:
                         "details": {"model": "tiny", "compute_type": "int8", "device": "cpu"},
                     },
                 ],
-                "gpus": [{"free_mib": 900, "total_mib": 1000}],
-            }
+            },
+            "sottovoce_vram": {
+                "gpus": [{"free_mib": 900, "total_mib": 1000, "error": ""}],
+                "units": [
+                    {"name": "ollama", "used_mib": None},
+                    {"name": "voicegate", "used_mib": 77},
+                    {"name": "idle", "used_mib": 0},
+                ],
+                "findings": [
+                    {"severity": "warn", "what": "it is hot", "why": "90 °C", "remedy": "cool it"},
+                ],
+            },
         }
     }
     lines = _summary.status_table(instances, machines)
@@ -126,9 +144,39 @@ def test_status_table_has_a_line_per_service_and_per_silent_machine() -> None:
         "MODEL",
         "IN",
         "USE",
+        "VRAM",
         "FREE",
     ]
     assert lines[1].startswith("speech   running  10.1.2.1  0000:01:00.0  ollama     ok      none loaded")
     assert lines[1].endswith("VRAM 900 of 1000 MiB free")
-    assert "tiny (int8/cpu)  250 MiB" in lines[2]
+    assert "60 MiB   ?" in lines[1]
+    assert "tiny (int8/cpu)  250 MiB  77 MiB" in lines[2]
     assert lines[3].split()[:3] == ["webui", "stopped", "-"]
+    assert lines[4:] == ["speech, VRAM, warn: it is hot (90 °C). To do: cool it"]
+
+
+@pytest.mark.parametrize(
+    ("infra", "declared", "expected"),
+    [
+        ({"instances": [{"name": "a", "gpu": ["0000:01:00.0"]}]}, False, True),
+        ({"instances": [{"name": "a", "gpu": []}, {"name": "b", "gpu": ["all"]}]}, True, False),
+        ({"instances": []}, True, False),
+        ({}, True, True),
+        ({}, False, False),
+    ],
+)
+def test_has_card_believes_incus_before_the_file(
+    infra: dict[str, Any], declared: bool, expected: bool
+) -> None:
+    assert _summary.has_card("a", infra, declared) is expected
+
+
+def test_apply_summary_tells_of_the_cards_and_what_is_wrong() -> None:
+    memory = {"used_mib": 9000, "total_mib": 24564, "free_mib": 15113, "reserved_mib": 451}
+    vram = {
+        "gpus": [{"index": 0, "name": "A5000", "error": "", "temperature_c": 41, **memory}],
+        "findings": [{"severity": "fail", "what": "w", "why": "y", "remedy": "r"}],
+    }
+    lines = _summary.apply_summary({"m": {"instance_roles": [], "sottovoce_vram": vram}})
+    assert lines[1] == "    GPU 0 A5000: 9000 of 24564 MiB used, 15113 free, 451 reserved, 41 °C"
+    assert lines[2] == "note: m, VRAM, fail: w (y). To do: r"

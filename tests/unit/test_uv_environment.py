@@ -125,6 +125,21 @@ def test_another_python_makes_the_environment_anew(tmp_path: Path) -> None:
     assert runner.commands[0][:3] == ["/opt/uv/bin/uv", "venv", "--clear"]
 
 
+def test_a_lock_given_as_text_is_written_when_something_is_installed(tmp_path: Path) -> None:
+    runner = FakeUv(tmp_path / "venv")
+    from_file = settings(tmp_path)
+    converge(from_file, runner)
+    text = Path(from_file.requirements).read_text(encoding="utf-8")
+    other = str(tmp_path / "elsewhere/requirements.lock")
+    # The same text is the same environment, wherever it came from.
+    assert not converge(settings(tmp_path, requirements=other, lock=text), runner).changed
+    assert not Path(other).exists()
+    newer = settings(tmp_path, requirements=other, lock=text + "# newer\n")
+    assert converge(newer, runner).action == "update"
+    assert Path(other).read_text(encoding="utf-8") == text + "# newer\n"
+    assert any(command[-1] == other for command in runner.commands)
+
+
 def test_an_interrupted_installation_is_done_again(tmp_path: Path) -> None:
     made = settings(tmp_path)
     broken = FakeUv(tmp_path / "venv", [("pip", "error: something else")])

@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from voicegate import __version__, errors, formats, languages
+from voicegate import __version__, errors, formats, languages, subtitles
 from voicegate.engine import Engine, Info, Options, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.logs import event, logger, request_id
@@ -33,6 +33,7 @@ T = TypeVar("T")
 RECEIVE_TIMEOUT = 60.0  # seconds without a byte of an upload
 KEEP_ALIVE = 15.0  # seconds between signs of life in a stream
 GRANULARITIES = ("segment", "word")
+SUBTITLES = ("srt", "vtt")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Asked:
     response_format: str
     granularities: tuple[str, ...]
     stream: bool
+    layout: subtitles.Layout | None = None
 
 
 def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
@@ -56,7 +58,12 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
     async def translations(request: Request) -> Response:
         return await speech(request, "translate")
 
-    async def speech(request: Request, task: Task) -> Response:
+    async def captions(request: Request) -> Response:
+        return await speech(request, "transcribe", parse_subtitles)
+
+    async def speech(
+        request: Request, task: Task, read: Callable[[Form, Task, ModelName, Settings], Asked] = parse
+    ) -> Response:
         engine.check_room()
         form = await read_form(
             request.headers.get("content-type", ""),
@@ -67,7 +74,7 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
         )
         handed_over = False
         try:
-            asked = parse(form, task, model, settings)
+            asked = read(form, task, model, settings)
             items = engine.transcribe(asked.upload, asked.options)
             if asked.stream:
                 response = await _stream(request, items, form)
@@ -113,6 +120,7 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
 
     app.add_api_route("/v1/audio/transcriptions", transcriptions, methods=["POST"])
     app.add_api_route("/v1/audio/translations", translations, methods=["POST"])
+    app.add_api_route("/v1/audio/subtitles", captions, methods=["POST"])
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
@@ -123,8 +131,48 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
     return Gate(app, settings.api_key)
 
 
-def parse(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked:
-    """The request in `form`; ApiError names the parameter that is wrong."""
+def parse_subtitles(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked:
+    """The request for subtitles in `form`: srt (default) or vtt, and how they are laid out."""
+    task = "translate" if form.get("task") == "translate" else task
+    if form.get("task") not in ("", "transcribe", "translate"):
+        raise errors.invalid(
+            f"Invalid value for task: '{form.get('task')}'. Supported values are: 'transcribe', 'translate'.",
+            "task",
+            "invalid_value",
+        )
+    asked = parse(form, task, model, settings, SUBTITLES)
+    default = subtitles.Layout()
+    layout = subtitles.Layout(
+        int(_number(form, "max_line_chars", default.line_chars, 10, 200)),
+        int(_number(form, "max_lines", default.lines, 1, 4)),
+        _number(form, "max_chars_per_second", default.cps, 0, 100),
+    )
+    return replace(asked, stream=False, layout=layout, options=replace(asked.options, words=True))
+
+
+def _number(form: Form, param: str, default: float, low: int, high: int) -> float:
+    text = form.get(param)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not low <= value <= high:
+        raise errors.invalid(
+            f"Invalid value for {param}: '{text}'. It must be a number from {low} to {high}.",
+            param,
+            "invalid_value",
+        )
+    return value
+
+
+def parse(
+    form: Form,
+    task: Task,
+    model: ModelName,
+    settings: Settings,
+    kinds: tuple[str, ...] = formats.FORMATS,
+) -> Asked:
+    """The request in `form`; ApiError names what is wrong. The first of `kinds` is the default format."""
     requested = form.get("model")
     if not model.matches(requested):
         raise errors.unknown_model(requested, [model.id])
@@ -132,11 +180,11 @@ def parse(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked
         raise errors.missing("file")
     if form.upload.size == 0:
         raise errors.bad_audio("it is empty")
-    response_format = form.get("response_format") or "json"
-    if response_format not in formats.FORMATS:
+    response_format = form.get("response_format") or kinds[0]
+    if response_format not in kinds:
         raise errors.invalid(
             f"Invalid value for response_format: '{response_format}'."
-            f" Supported values are: {_quoted(formats.FORMATS)}.",
+            f" Supported values are: {_quoted(kinds)}.",
             "response_format",
             "invalid_value",
         )
@@ -229,11 +277,11 @@ async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked) -> R
         case "text":
             return PlainTextResponse(formats.as_text(segments))
         case "srt":
-            return PlainTextResponse(
-                formats.as_srt(segments), media_type="application/x-subrip; charset=utf-8"
-            )
+            text = subtitles.as_srt(segments, asked.layout) if asked.layout else formats.as_srt(segments)
+            return PlainTextResponse(text, media_type="application/x-subrip; charset=utf-8")
         case "vtt":
-            return PlainTextResponse(formats.as_vtt(segments), media_type="text/vtt; charset=utf-8")
+            text = subtitles.as_vtt(segments, asked.layout) if asked.layout else formats.as_vtt(segments)
+            return PlainTextResponse(text, media_type="text/vtt; charset=utf-8")
         case "verbose_json":
             return JSONResponse(
                 formats.as_verbose_json(

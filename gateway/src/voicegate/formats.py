@@ -67,14 +67,14 @@ def as_text(segments: Sequence[Segment]) -> str:
 
 def as_srt(segments: Sequence[Segment]) -> str:
     return "".join(
-        f"{number}\n{_times(segment, ',')}\n{_cue(segment.text)}\n\n"
+        f"{number}\n{_times(segment, ',')}\n{cue(segment.text)}\n\n"
         for number, segment in enumerate(segments, start=1)
     )
 
 
 def as_vtt(segments: Sequence[Segment]) -> str:
     return "WEBVTT\n\n" + "".join(
-        f"{_times(segment, '.')}\n{_vtt_cue(segment.text)}\n\n" for segment in segments
+        f"{_times(segment, '.')}\n{vtt_cue(segment.text)}\n\n" for segment in segments
     )
 
 
@@ -89,13 +89,13 @@ def timestamp(seconds: float, mark: str) -> str:
     return f"{hours:02d}:{minutes:02d}:{milliseconds // 1000:02d}{mark}{milliseconds % 1000:03d}"
 
 
-def _cue(text: str) -> str:
+def cue(text: str) -> str:
     # A blank line or an arrow would end the cue.
     return " ".join(text.split()).replace("-->", "->")
 
 
-def _vtt_cue(text: str) -> str:
-    return _cue(text).replace("&", "&amp;").replace("<", "&lt;")
+def vtt_cue(text: str) -> str:
+    return cue(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def delta_event(delta: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 
 SYSTEM_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+PACKAGES = ("ca-certificates", "python3-venv")
 
 
 def pip_command() -> list[str]:
@@ -24,7 +25,13 @@ def pip_command() -> list[str]:
     try:
         import ensurepip
     except ImportError:
-        return [sys.executable, "-m", "pip"]
+        # Debian keeps it in a package of its own.
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            subprocess.run(
+                ["apt-get", "-qq", *arguments], env=environment, stdout=sys.stderr, check=True, timeout=300
+            )
+        import ensurepip
     folders = [
         getattr(ensurepip, "_WHEEL_PKG_DIR", None),
         os.path.join(os.path.dirname(ensurepip.__file__), "_bundled"),

@@ -1,11 +1,12 @@
 # Copyright: (c) 2026, The sottovoce.stack contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What a systemd unit needs so that it runs with its present files: a pure decision over `systemctl show`."""
+"""A daemon's files, and what its unit needs to run with them: a pure decision over `systemctl show`."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +20,16 @@ class File:
 
     path: str
     written: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A text file as it is on the disk: owner and group by number."""
+
+    text: str
+    mode: int
+    owner: int
+    group: int
 
 
 @dataclass
@@ -39,6 +50,41 @@ def newest(paths: Iterable[str]) -> File | None:
         except FileNotFoundError:
             continue
     return max(found, key=lambda file: file.written, default=None)
+
+
+def look(path: str) -> Stored | None:
+    """The file at path, None without one."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            status = os.fstat(stream.fileno())
+            return Stored(stream.read(), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+    except FileNotFoundError:
+        return None
+
+
+def store(path: str, wanted: Stored) -> None:
+    """Write it whole or not at all, and never readable for others, not even for a moment."""
+    scratch = f"{path}.new"
+    if os.path.lexists(scratch):
+        os.unlink(scratch)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(wanted.text)
+        stream.flush()
+        os.fchown(descriptor, wanted.owner, wanted.group)
+        os.fchmod(descriptor, wanted.mode)
+        os.fsync(descriptor)
+    os.replace(scratch, path)
+
+
+def file_diff(path: str, found: Stored | None, wanted: Stored, *, hidden: bool) -> dict[str, str]:
+    """Before and after of one file for Ansible; hidden says only that it changes."""
+    texts = (
+        ("(hidden)\n" if found else "", "(hidden, changed)\n")
+        if hidden
+        else (found.text if found else "", wanted.text)
+    )
+    return {"before_header": path, "after_header": path, "before": texts[0], "after": texts[1]}
 
 
 def started_at(text: str) -> float | None:

@@ -1,0 +1,285 @@
+# Copyright: (c) 2026, The sottovoce.stack contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""From the variables of a machine to a plan for its card, and the plan as plain data and text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional
+
+from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_plan as vram
+from ansible_collections.sottovoce.stack.plugins.module_utils._gguf import GgufError, read_metadata
+from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import wanted_models
+from ansible_collections.sottovoce.stack.plugins.module_utils._summary import table
+from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint import (
+    WHISPER,
+    Footprint,
+    Llm,
+    UnknownModel,
+    llm_from_metadata,
+)
+
+# The roles' defaults of what is read here; a test holds them equal.
+STT_DEFAULTS: Mapping[str, Any] = {
+    "stt_server_engine": "speaches",
+    "stt_server_model": "large-v3-turbo",
+    "stt_server_quantization": "float16",
+    "stt_server_device": "auto",
+    "stt_server_enabled": True,
+}
+OLLAMA_DEFAULTS: Mapping[str, Any] = {
+    "ollama_server_default_model": "",
+    "ollama_server_extra_models": ["nomic-embed-text"],
+    "ollama_server_context_length": 8192,
+    "ollama_server_num_parallel": 1,
+    "ollama_server_kv_cache_type": "f16",
+    "ollama_server_max_loaded_models": 2,
+    "ollama_server_service_enabled": True,
+}
+GIVE_SIZE = "gpu_vram_mib: 12288 (MiB, as nvidia-smi shows them) or gpu_card: RTX 3060"
+# What a person sets for a field of a mix.
+_SETS: Mapping[str, str] = {
+    "model": "stt_server_model",
+    "compute_type": "stt_server_quantization",
+    "context": "ollama_context_length",
+    "kv_type": "ollama_kv_cache_type",
+    "loaded": "ollama_max_loaded_models",
+    "parallel": "ollama_num_parallel",
+    "policy": "vram_policy",
+    "llms": "ollama_default_model",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A mix, and what could not be counted; `card` is 0 if nobody said how large it is."""
+
+    mix: Optional[vram.Mix]
+    card: int
+    unknown: tuple[str, ...] = ()
+
+
+def _true(value: Any) -> bool:
+    return str(value).strip().lower() in ("true", "yes", "on", "1")
+
+
+def card_of(variables: Mapping[str, Any]) -> int:
+    """MiB of the machine's card by its variables; 0 if none says it. Raises PlanError."""
+    if variables.get("gpu_vram_mib"):
+        try:
+            mib = int(variables["gpu_vram_mib"])
+        except (TypeError, ValueError):
+            mib = 0
+        if mib < 512:
+            raise vram.PlanError(
+                f"gpu_vram_mib: {variables['gpu_vram_mib']!r} is no size of a card in MiB. Write {GIVE_SIZE}."
+            )
+        return mib
+    return vram.card_mib(str(variables["gpu_card"])) if variables.get("gpu_card") else 0
+
+
+def ask(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> Asked:
+    """
+    What a machine's variables ask of its card: what `stt_server` and `ollama_server` are told, in the roles'
+    own names. `capabilities` are those of its cards, as far as they are known. Raises PlanError, with the
+    variable's name, for what makes no sense.
+    """
+    roles = variables.get("instance_roles") or []
+    unknown: list[str] = []
+    fields: dict[str, Any] = {"policy": str(variables.get("vram_policy") or "resident")}
+    stt = {key: variables.get(key, default) for key, default in STT_DEFAULTS.items()}
+    if "stt_server" in roles and _true(stt["stt_server_enabled"]) and stt["stt_server_device"] != "cpu":
+        fields.update(
+            engine=str(stt["stt_server_engine"]),
+            compute_type=str(stt["stt_server_quantization"]),
+        )
+        fields["allowed"] = _allowed(fields["engine"], capabilities)
+        fields["model"] = speech_name(str(stt["stt_server_model"]), unknown)
+    # `ollama_x` is the same as `ollama_server_x`, and wins.
+    ollama = {
+        key: variables.get(key.replace("_server_", "_"), variables.get(key, default))
+        for key, default in OLLAMA_DEFAULTS.items()
+    }
+    if "ollama_server" in roles and _true(ollama["ollama_server_service_enabled"]):
+        try:
+            fields.update(
+                context=int(ollama["ollama_server_context_length"]),
+                parallel=int(ollama["ollama_server_num_parallel"]),
+                loaded=int(ollama["ollama_server_max_loaded_models"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise vram.PlanError(
+                f"ollama_context_length, ollama_num_parallel, ollama_max_loaded_models: {error}"
+            ) from error
+        fields["kv_type"] = str(ollama["ollama_server_kv_cache_type"])
+        fields["llms"] = _language(
+            ollama["ollama_server_default_model"], ollama["ollama_server_extra_models"], unknown
+        )
+    card = card_of(variables)
+    mix = vram.Mix(card_mib=card, **fields) if card else None
+    return Asked(mix, card, tuple(unknown))
+
+
+def speech_name(model: str, unknown: list[str]) -> str:
+    """The name in the planner's table; nothing (and why) for a folder or a model of somebody else."""
+    if model == vram.AUTO:
+        return model
+    try:
+        name = _stt.resolve_model(model).name
+    except _stt.SttError as error:
+        raise vram.PlanError(f"stt_server_model: {error}") from error
+    if name in WHISPER:
+        return name
+    unknown.append(f"speech model {model}")
+    return ""
+
+
+def _language(default: Any, extra: Any, unknown: list[str]) -> tuple[Llm, ...]:
+    try:
+        wanted = wanted_models(str(default or ""), extra or [])
+    except ValueError as error:
+        raise vram.PlanError(f"ollama_default_model, ollama_extra_models: {error}") from error
+    found = []
+    for name in wanted["pull"]:
+        try:
+            found.append(vram.known_llm(name))
+        except UnknownModel:
+            unknown.append(f"language model {name}")
+    for entry in wanted["create"]:
+        try:
+            found.append(llm_of_file(entry["name"], entry["gguf"]))
+        except (UnknownModel, GgufError, OSError):
+            unknown.append(f"language model {entry['name']}")
+    return tuple(found)
+
+
+def llm_of_file(name: str, path: str) -> Llm:
+    """A model from its GGUF file. Raises GgufError, UnknownModel, OSError."""
+    import os
+
+    return llm_from_metadata(name, read_metadata(path), os.path.getsize(path))
+
+
+def _allowed(engine: str, capabilities: Iterable[str]) -> tuple[str, ...]:
+    """The compute types that all of the cards can do with the engine's CTranslate2; empty if nobody knows."""
+    version = _stt.SPEACHES_CTRANSLATE2 if engine == "speaches" else ""
+    each = [_gpu_capability.compute_types(capability, version) for capability in capabilities]
+    return tuple(name for name in each[0] if all(name in types for types in each)) if each else ()
+
+
+def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict[str, Any]:
+    """
+    The plan of one machine as plain data (sizes in MiB): `status` is fits, refused, or unknown (no size of
+    the card, or a model without figures), with `lines` for people. Raises PlanError, and UnknownModel.
+    """
+    asked = ask(variables, capabilities)
+    result: dict[str, Any] = {
+        "status": "unknown",
+        "card_mib": asked.card,
+        "verdict": "",
+        "parts": [],
+        "units": {},
+        "settings": {},
+        "nearest": [],
+        "unknown": list(asked.unknown),
+        "lines": [],
+    }
+    if asked.mix is None:
+        result["lines"] = [f"VRAM is not planned: nobody says how large the card is. Write {GIVE_SIZE}."]
+        return result
+    if asked.mix.policy != "resident":
+        raise vram.PlanError(
+            f"vram_policy: {asked.mix.policy!r} is not carried out by this version: nothing takes turns on a"
+            " card yet. Write resident, and a mix that fits together."
+        )
+    found = vram.choose(asked.mix)
+    refused = not found.ok and not asked.unknown
+    result.update(
+        status="unknown" if asked.unknown else ("refused" if refused else "fits"),
+        verdict=found.verdict,
+        driver_mib=vram.DRIVER_MIB,
+        need_mib=found.need_mib,
+        parts=[as_part(part) for part in found.parts],
+        units=units_of(found),
+        settings={
+            "stt_server_model": found.mix.model,
+            "stt_server_quantization": found.mix.compute_type if found.mix.model else "",
+            "fit_target_mib": found.fit_target_mib if found.mix.llms else 0,
+            "context_length": found.mix.context,
+            "num_parallel": found.mix.parallel,
+            "max_loaded_models": found.mix.loaded,
+        },
+    )
+    if refused:
+        result["nearest"] = [
+            {"change": in_words(told), "need_mib": tried.need_mib} for tried, told in vram.nearest(found.mix)
+        ]
+    result["lines"] = report(result)
+    return result
+
+
+def as_part(part: Footprint) -> dict[str, Any]:
+    return {
+        "name": part.name,
+        "rest_mib": part.rest,
+        "peak_mib": part.peak,
+        "error_mib": part.error,
+        "parts": dict(part.parts),
+        "source": part.source,
+    }
+
+
+def units_of(found: vram.Fit) -> dict[str, dict[str, int]]:
+    """What each systemd unit takes, MiB at rest and at peak."""
+    units = {}
+    if found.speech:
+        unit = _stt.UNITS[found.mix.engine]
+        units[unit] = {"rest_mib": found.speech.rest, "peak_mib": found.speech.peak}
+    if found.llms:
+        units["ollama"] = {
+            "rest_mib": sum(part.rest for part in found.llms),
+            "peak_mib": sum(part.peak for part in found.llms),
+        }
+    return units
+
+
+def in_words(changes: Mapping[str, Any]) -> str:
+    """The variables to set, as one writes them."""
+    told = []
+    for field, value in sorted(changes.items(), key=lambda item: list(_SETS).index(item[0])):
+        if field == "llms":
+            value = max(value, key=lambda model: model.weights_mib).name
+        told.append(f"{_SETS[field]}: {value}")
+    return ", ".join(told)
+
+
+def report(result: Mapping[str, Any]) -> list[str]:
+    """Table, sum and verdict; what would fit; what was not counted."""
+    rows = [["driver", str(result["driver_mib"]), str(result["driver_mib"]), ""]]
+    rows += [
+        [part["name"], str(part["rest_mib"]), str(part["peak_mib"]), f"±{part['error_mib']}"]
+        for part in result["parts"]
+    ]
+    rows.append(["needed with room to spare", "", str(result["need_mib"]), ""])
+    rows.append(["card", "", str(result["card_mib"]), ""])
+    lines = table(["MiB", "AT REST", "AT PEAK", "ERROR"], rows)
+    settings = result["settings"]
+    if result["unknown"]:
+        lines.append(f"Not counted, because their size is not known: {', '.join(result['unknown'])}.")
+    if result["status"] == "refused":
+        lines.append(f"This mix does not fit: it {result['verdict']}, and both are to stay loaded.")
+        lines += [f"Would fit ({near['need_mib']} MiB): {near['change']}" for near in result["nearest"]]
+        if not result["nearest"]:
+            lines.append("Nothing smaller that is known here would fit: a larger card, or one of the two.")
+    else:
+        lines.append(f"This mix {result['verdict']}." if not result["unknown"] else "")
+    if settings.get("fit_target_mib") and result["status"] != "refused":
+        lines.append(
+            f"Ollama leaves {settings['fit_target_mib']} MiB free; context {settings['context_length']},"
+            f" {settings['num_parallel']} request(s) at once,"
+            f" {settings['max_loaded_models']} model(s) loaded."
+        )
+    return [line for line in lines if line]
