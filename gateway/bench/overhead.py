@@ -59,7 +59,7 @@ def main() -> int:
     command = [sys.executable, "-m", "voicegate", "serve", "--model", args.model, "--device", "cpu",
                "--compute-type", "int8", "--port", str(args.port), "--cpu-threads", str(threads),
                "--log-level", "warning"]  # fmt: skip
-    server = subprocess.Popen(command)
+    server = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "gateway" / "src")})
     try:
         figures = measure(args.model, threads, args.rounds, args.port, clips, audio)
     finally:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import http.server
 import json
-import os
 import re
 import shutil
 import socket
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import pytest
 from voicegate.settings import Settings
-from voicegate_support import CLIPS, MODEL, MODEL_EN, Server
+from voicegate_support import CLIPS, MODEL, MODEL_EN, Server, environment
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("VOICEGATE_")}
     return subprocess.run(
         [sys.executable, "-m", "voicegate", *arguments],
-        env=clean | (env or {}), capture_output=True, text=True, timeout=60, check=False,
+        env=environment(env), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import logging
-import threading
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from voicegate import __version__, audio, formats, languages, logs, models, uploads
-from voicegate.engine import Info, Segment, Word
+from voicegate import __version__, audio, errors, formats, languages, logs, models, uploads, wire
+from voicegate.engine import Info, Options, Rank, Segment, Word
 from voicegate.errors import ApiError, ModelUnavailable, SettingsError
 from voicegate.settings import Settings
 from voicegate.whisper import effective_compute_type
@@ -261,6 +262,11 @@ def test_same_samples_as_faster_whisper() -> None:
 FORM = "multipart/form-data; boundary=xyz"
 
 
+def content_of(upload: uploads.Upload) -> bytes:
+    with os.fdopen(os.dup(upload.descriptor()), "rb") as file:
+        return file.read()
+
+
 async def _read(body: bytes, content_type: str, size: int = 7, limit: int = 1) -> uploads.Form:
     async def chunks() -> AsyncIterator[bytes]:
         for start in range(0, len(body), size):
@@ -284,7 +290,7 @@ def test_form_in_small_pieces() -> None:
     assert result.get("prompt") == "Küche"
     assert result.list("timestamp_granularities") == ["word", "segment"]
     assert result.upload is not None
-    assert result.upload.open().read() == b"\r\n--xy\0"
+    assert content_of(result.upload) == b"\r\n--xy\0"
 
 
 def test_large_upload_goes_to_the_disk_without_a_name(tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ def test_large_upload_goes_to_the_disk_without_a_name(tmp_path: Path) -> None:
     upload = asyncio.run(fill())
     assert upload._file is not None
     assert list(tmp_path.iterdir()) == []
-    assert len(upload.open().read()) == 50 * 65536
+    assert len(content_of(upload)) == 50 * 65536
     upload.close()
 
 
@@ -329,41 +335,44 @@ def test_bad_forms(body: bytes, content_type: str, status: int, message: str) ->
 def test_worker_order_limit_and_cancel() -> None:
     async def scenario() -> None:
         worker = Worker(limit=1)
-        release = threading.Event()
-        began = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        release = asyncio.Event()
         done: list[str] = []
 
-        def slow(job: Job[str]) -> None:
-            loop.call_soon_threadsafe(began.set)
-            release.wait(10)
-            job.emit("slow")
+        def say(word: str) -> Callable[[Job[str]], Awaitable[None]]:
+            async def run(job: Job[str]) -> None:
+                if word == "slow":
+                    await release.wait()
+                done.append(word)
+                job.emit(word)
 
-        def quick(job: Job[str]) -> None:
-            done.append("quick")
-            job.emit("quick")
+            return run
 
-        first = stream(worker, slow)
+        first = stream(worker, say("slow"))
         pending = asyncio.ensure_future(anext(first))
-        await asyncio.wait_for(began.wait(), 5)
-        second = worker.submit(quick)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        stored = worker.submit(say("stored"), Rank.JOB)
+        second = worker.submit(say("second"))
         assert (worker.running, worker.waiting) == (1, 1)
         with pytest.raises(ApiError) as caught:
-            worker.submit(quick)
+            worker.submit(say("refused"))
         assert caught.value.status == 429
         assert int(caught.value.headers["Retry-After"]) >= 1
         with pytest.raises(ApiError):
             worker.check_room()
         worker.cancel(second)  # it never runs, and makes room
-        third = worker.submit(quick)
+        third = worker.submit(say("third"))
+        own = worker.submit(say("own"), Rank.SERVER)
         release.set()
         assert await pending == "slow"
-        assert await asyncio.wait_for(third.next(), 5) == "quick"
+        assert await stored.next() == "stored"
+        assert await third.next() == "third"
         assert await third.next() is None
-        assert done == ["quick"]
-        worker.close()
+        assert await own.next() == "own"
+        assert done == ["slow", "own", "third", "stored"]
+        await worker.close()
         with pytest.raises(ApiError, match="shutting down"):
-            worker.submit(quick)
+            worker.submit(say("late"))
 
     asyncio.run(scenario())
 
@@ -372,7 +381,7 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
     async def scenario() -> None:
         worker = Worker(limit=2)
 
-        def broken(job: Job[int]) -> None:
+        async def broken(job: Job[int]) -> None:
             job.emit(1)
             raise ValueError("no")
 
@@ -381,11 +390,11 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
         with pytest.raises(ValueError, match="no"):
             await anext(items)
 
-        def whole(job: Job[int]) -> None:
+        async def whole(job: Job[int]) -> None:
             job.emit(2)
 
         assert [item async for item in stream(worker, whole)] == [2]
-        worker.close()
+        await worker.close()
 
     asyncio.run(scenario())
 
@@ -393,17 +402,52 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
 def test_closing_the_stream_cancels_the_job() -> None:
     async def scenario() -> None:
         worker = Worker(limit=2)
-        seen = threading.Event()
+        ended = asyncio.Event()
 
-        def endless(job: Job[int]) -> None:
-            while not job.cancelled():
-                job.emit(1)
-            seen.set()
+        async def endless(job: Job[int]) -> None:
+            job.emit(1)
+            await job.cancelled.wait()
+            ended.set()
 
         items = stream(worker, endless)
         assert await anext(items) == 1
         await items.aclose()
-        assert await asyncio.to_thread(seen.wait, 5)
-        worker.close()
+        await asyncio.wait_for(ended.wait(), 5)
+        await worker.close()
 
     asyncio.run(scenario())
+
+
+def test_closing_the_worker_refuses_what_waits() -> None:
+    async def scenario() -> None:
+        worker = Worker(limit=2)
+
+        async def endless(job: Job[int]) -> None:
+            await job.cancelled.wait()
+
+        running, waiting = worker.submit(endless), worker.submit(endless)
+        await asyncio.sleep(0)
+        await asyncio.wait_for(worker.close(), 5)
+        assert await running.next() is None
+        with pytest.raises(ApiError, match="shutting down"):
+            await waiting.next()
+
+    asyncio.run(scenario())
+
+
+# -- between the server and its engine
+
+
+def test_what_goes_over_the_wire_comes_back() -> None:
+    for segment in SEGMENTS:
+        assert wire.segment_from(wire.unpack(wire.pack("segment", segment))["value"]) == segment
+    assert wire.info_from(wire.unpack(wire.pack("info", INFO))["value"]) == INFO
+    options = Options("translate", "de", "Küche\n", 0.5, words=True)
+    assert wire.options_from(wire.unpack(wire.pack("transcribe", options))["value"]) == options
+    error = wire.error_from(wire.error_to(errors.queue_full(3, 7)))
+    assert (error.body(), error.status, error.headers) == (
+        errors.queue_full(3, 7).body(), 429, {"Retry-After": "7"},
+    )  # fmt: skip
+    settings = Settings.load({"model": "tiny", "port": "9"}, {"VOICEGATE_API_KEY": "secret"})
+    assert b"secret" not in wire.pack("load", wire.settings_to(settings))
+    assert wire.settings_from(wire.settings_to(settings)) == dataclasses.replace(settings, api_key="")

@@ -28,6 +28,12 @@ MODEL_EN = ROOT / "demo" / "whisper-demo-en"
 CLIPS = ROOT / "demo" / "clips"
 
 
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """For a voicegate of this checkout, without settings of whoever runs the tests."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("VOICEGATE_")}
+    return clean | {"PYTHONPATH": str(ROOT / "gateway" / "src")} | (more or {})
+
+
 @dataclass(frozen=True)
 class Clip:
     file: str
@@ -50,10 +56,9 @@ class Server:
     """`voicegate serve` as a process of its own, with what it logs."""
 
     def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("VOICEGATE_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "voicegate", "serve", "--port", "0", "--device", "cpu", *arguments],
-            env=clean | (env or {}),
+            env=environment(env),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -83,6 +83,8 @@ def _frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):  # PyAV's own is both; the audio is not to blame
+        raise error
     if isinstance(error, av.error.EOFError):
         return "it ends too early"
     if isinstance(error, av.error.InvalidDataError):

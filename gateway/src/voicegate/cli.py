@@ -10,15 +10,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 from voicegate import __version__, logs, models
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
-
-if TYPE_CHECKING:
-    from voicegate.whisper import WhisperEngine
 
 EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
 EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
@@ -75,20 +72,19 @@ def run_server(settings: Settings) -> int:
         print(f"voicegate: --model: {error}", file=sys.stderr)
         return EXIT_SETTINGS
 
-    from voicegate.whisper import WhisperEngine
-
     try:
-        return asyncio.run(_serve(settings, model, lambda: WhisperEngine(settings, folder)))
+        return asyncio.run(_serve(settings, model, folder))
     except KeyboardInterrupt:
         return 130
 
 
-async def _serve(settings: Settings, model: models.ModelName, make: Callable[[], WhisperEngine]) -> int:
+async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> int:
     import uvicorn
 
     from voicegate.api import create_app
+    from voicegate.process import ProcessEngine
 
-    engine = make()
+    engine = ProcessEngine(settings, folder)
     config = uvicorn.Config(
         create_app(settings, model, engine),
         host=settings.host,

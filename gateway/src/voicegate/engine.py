@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, Protocol
+from enum import IntEnum
+from typing import Literal, Protocol
 
 Task = Literal["transcribe", "translate"]
 # unloaded: after idling, the next request loads it again. failed: the last attempt to load did not work.
 LoadState = Literal["loading", "loaded", "unloaded", "reloading", "failed"]
+
+
+class Rank(IntEnum):
+    """Who goes first where several wait; within a rank the first come."""
+
+    SERVER = 0  # the server's own: loading, unloading
+    INTERACTIVE = 1  # somebody waits for the answer
+    JOB = 2  # stored; the result is fetched later
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,10 @@ class Info:
 
 
 class Source(Protocol):
-    """Audio that can be opened once, in the engine's thread."""
+    """Audio in an open file."""
 
-    def open(self) -> BinaryIO: ...
+    def descriptor(self) -> int:
+        """The file's descriptor, at its beginning. It stays the source's own."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,15 @@ class Status:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do with the model it serves; known once the model was loaded."""
+
+    tasks: tuple[Task, ...]
+    languages: tuple[str, ...]
+    words: bool  # times of single words
+
+
 class Engine(Protocol):
     async def start(self) -> None:
         """Load and warm up; ModelUnavailable if that cannot work."""
@@ -80,8 +99,16 @@ class Engine(Protocol):
 
     def status(self) -> Status: ...
 
+    def capabilities(self) -> Capabilities | None:
+        """None as long as the model was never loaded."""
+
     def check_room(self) -> None:
         """ApiError (429) if a request would be refused now."""
 
-    def transcribe(self, source: Source, options: Options) -> AsyncGenerator[Info | Segment, None]:
-        """One Info, then segments as they are decoded. Closing it cancels the work."""
+    def transcribe(
+        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE
+    ) -> AsyncGenerator[Info | Segment, None]:
+        """One Info, then segments as they are decoded. Closing it cancels the work.
+
+        ApiError: 503 `model_load_failed`, `engine_down` (its process ended), `out_of_memory`; 400 for audio.
+        """

@@ -100,6 +100,24 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, type="server_error", code=code)
 
 
+def load_failed() -> ApiError:
+    return unavailable("The model cannot be loaded. The server's log says why.", "model_load_failed")
+
+
+def engine_down() -> ApiError:
+    return unavailable(
+        "The speech engine ended while it worked on this request; it is being started again.", "engine_down"
+    )
+
+
+def out_of_memory() -> ApiError:
+    return unavailable("The device ran out of memory.", "out_of_memory")
+
+
+def only_english(model: str) -> ApiError:
+    return invalid(f"The model '{model}' knows only English.", "language", "unsupported_language")
+
+
 def internal() -> ApiError:
     return ApiError(
         500,

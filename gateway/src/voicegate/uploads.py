@@ -6,7 +6,7 @@ The file on disk has no name from the start, so nothing is left of it however th
 from __future__ import annotations
 
 import asyncio
-import io
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -62,15 +62,16 @@ class Upload:
             self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=self._folder))  # noqa: SIM115
         self._file.write(data)
 
-    def open(self) -> BinaryIO:
-        """The whole file from its beginning; called in the worker's thread."""
+    def descriptor(self) -> int:
+        """The whole file, at its beginning. What never reached the disk becomes a file in memory."""
         if self._file is None:
-            return io.BytesIO(self._pending)
+            self._file = cast(BinaryIO, os.fdopen(os.memfd_create("upload", os.MFD_CLOEXEC), "w+b"))
         if self._pending:
             self._write(self._pending)
             self._pending = bytearray()
+        self._file.flush()
         self._file.seek(0)
-        return self._file
+        return self._file.fileno()
 
     def close(self) -> None:
         self._pending = bytearray()

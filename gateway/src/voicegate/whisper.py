@@ -1,18 +1,16 @@
-"""The engine `builtin`: faster-whisper in this process, in one thread of its own."""
+"""faster-whisper: what the engine `builtin` computes, in a process of its own (see `process`)."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
-import gc
 import importlib.util
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ctranslate2
 import faster_whisper
@@ -22,11 +20,10 @@ from faster_whisper.transcribe import restore_speech_timestamps
 from faster_whisper.vad import VadOptions, collect_chunks, get_speech_timestamps, get_vad_model
 
 from voicegate import audio, errors
-from voicegate.engine import Info, LoadState, Options, Segment, Source, Status, Word
-from voicegate.errors import ApiError, ModelUnavailable
+from voicegate.engine import Info, Options, Segment, Word
+from voicegate.errors import ModelUnavailable
 from voicegate.logs import event
 from voicegate.settings import Settings
-from voicegate.worker import Job, Worker, stream
 
 # In order of preference, what replaces a compute type that a device cannot do.
 _CPU_FALLBACK = ("int8", "int8_float32", "float32")
@@ -88,104 +85,32 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
         return super().encode(features)
 
 
-class WhisperEngine:
+class Whisper:
+    """The model and what it does, one call at a time. Lives in the engine's process."""
+
     def __init__(self, settings: Settings, folder: Path) -> None:
+        self.device = settings.device
+        self.compute_type = settings.compute_type
         self._settings = settings
         self._folder = folder
-        self._model: OneEncoding | None = None
-        self._state: LoadState = "loading"
-        self._error: str | None = None
-        self._device = settings.device
-        self._compute_type = settings.compute_type
         self._threads = settings.cpu_threads or default_threads()
-        self._worker = Worker(settings.queue_limit)
-        self._idle_timer: asyncio.TimerHandle | None = None
-        self._unloading: asyncio.Task[None] | None = None
-        self._active = 0
+        self._model = self._load()
 
-    # -- what the event loop calls
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self._model.supported_languages)
 
-    async def start(self) -> None:
-        await self._run(lambda job: self._load(warm=True))
-        self._rest()
-
-    async def stop(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        await asyncio.to_thread(self._worker.close)
-        self._model = None
-
-    def status(self) -> Status:
-        return Status(
-            engine=f"faster-whisper {faster_whisper.__version__}",
-            state=self._state,
-            device=self._device,
-            compute_type=self._compute_type,
-            waiting=self._worker.waiting,
-            running=self._worker.running,
-            queue_limit=self._worker.limit,
-            error=self._error,
-        )
-
-    def check_room(self) -> None:
-        self._worker.check_room()
-
-    async def transcribe(self, source: Source, options: Options) -> AsyncGenerator[Info | Segment, None]:
-        def run(job: Job[Info | Segment]) -> None:
-            for item in self._transcribe(job, source, options):
-                job.emit(item)
-
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._active += 1
-        try:
-            async with contextlib.aclosing(stream(self._worker, run)) as items:
-                async for item in items:
-                    yield item
-        finally:
-            self._active -= 1
-            self._rest()
-
-    async def unload(self) -> None:
-        await self._run(lambda job: self._unload())
-
-    async def _run(self, work: Any) -> None:
-        async with contextlib.aclosing(stream(self._worker, work, internal=True)) as items:
-            async for _ in items:
-                pass
-
-    def _rest(self) -> None:
-        """Start counting towards unloading, once nothing is left to do."""
-        ttl = self._settings.ttl
-        if ttl < 0 or self._active or self._model is None:
-            return
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._idle_timer = asyncio.get_running_loop().call_later(ttl, self._expire)
-
-    def _expire(self) -> None:
-        if not self._active:
-            self._unloading = asyncio.ensure_future(self.unload())
-
-    # -- what runs in the worker's thread
-
-    def _load(self, *, warm: bool = False) -> OneEncoding:
-        self._state = "loading" if warm else "reloading"
+    def _load(self) -> OneEncoding:
         started = time.monotonic()
         try:
             model = self._load_on_best_device()
+        except ModelUnavailable:
+            raise
         except Exception as error:
-            self._state = "failed"
-            self._error = str(error)
-            if isinstance(error, ModelUnavailable):
-                raise
             raise ModelUnavailable(f"cannot load {self._folder}: {error}") from error
-        self._model = model
-        self._state = "loaded"
-        self._error = None
         event(
             "model_loaded", seconds=time.monotonic() - started, model=self._settings.model,
-            device=self._device, compute_type=self._compute_type,
+            device=self.device, compute_type=self.compute_type,
         )  # fmt: skip
         return model
 
@@ -239,38 +164,33 @@ class WhisperEngine:
         noise = np.random.default_rng(0).normal(0, 0.05, audio.RATE).astype(np.float32)
         for _ in model.transcribe(noise, max_new_tokens=8, temperature=0.0)[0]:
             pass
-        self._device = device
-        self._compute_type = compute_type
+        self.device = device
+        self.compute_type = compute_type
         return model
 
-    def _unload(self) -> None:
-        if self._model is None or self._active:
-            return
-        self._model = None
-        gc.collect()
-        self._state = "unloaded"
-        event("model_unloaded", model=self._settings.model)
+    def transcribe(
+        self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
+    ) -> Iterator[Info | Segment]:
+        """Ends early once `cancelled`. ApiError for the client, in OpenAI's shape."""
+        try:
+            yield from self._transcribe(source, options, cancelled)
+        # CTranslate2 reports what goes wrong on the device as RuntimeError.
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+                event("out_of_memory", level=logging.ERROR, device=self.device, error=str(error))
+                raise errors.out_of_memory() from error
+            event("transcription_failed", level=logging.ERROR, error=str(error))
+            raise errors.internal() from error
 
     def _transcribe(
-        self, job: Job[Info | Segment], source: Source, options: Options
+        self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
     ) -> Iterator[Info | Segment]:
-        samples = audio.decode(
-            source.open(), max_seconds=self._settings.max_audio_minutes * 60, cancelled=job.cancelled
-        )
-        if job.cancelled():
+        samples = audio.decode(source, max_seconds=self._settings.max_audio_minutes * 60, cancelled=cancelled)
+        if cancelled():
             return
-        try:
-            model = self._model or self._load()
-        except ModelUnavailable as error:
-            event("model_load_failed", level=logging.ERROR, error=str(error))
-            raise errors.unavailable(
-                "The model cannot be loaded. The server's log says why.", "model_load_failed"
-            ) from error
         language = options.language
-        if language is not None and language not in model.supported_languages:
-            raise errors.invalid(
-                f"The model '{self._settings.model}' knows only English.", "language", "unsupported_language"
-            )
+        if language is not None and language not in self._model.supported_languages:
+            raise errors.only_english(self._settings.model)
         duration = samples.shape[0] / audio.RATE
         speech: list[dict[str, Any]] | None = None
         if self._settings.vad:
@@ -279,39 +199,25 @@ class WhisperEngine:
                 yield Info(options.task, language, duration, 0.0)
                 return
             samples = np.concatenate(collect_chunks(samples, speech)[0], axis=0)
-        if job.cancelled():
+        if cancelled():
             return
-        try:
-            segments, found = model.transcribe(
-                samples,
-                language=language,
-                task=options.task,
-                beam_size=self._settings.beam_size,
-                # 0 lets faster-whisper climb through higher ones where the text looks wrong.
-                **({"temperature": options.temperature} if options.temperature else {}),
-                initial_prompt=options.prompt or None,
-                word_timestamps=options.words,
-            )
-            if speech:
-                segments = restore_speech_timestamps(segments, speech, audio.RATE)
-            yield Info(options.task, found.language, duration, found.duration)
-            for segment in segments:
-                if job.cancelled():
-                    return
-                yield _segment(segment)
-        except RuntimeError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: RuntimeError) -> ApiError:
-        """CTranslate2 reports what goes wrong on the device as RuntimeError."""
-        if "out of memory" in str(error).lower():
-            self._model = None
-            gc.collect()
-            self._state = "unloaded"
-            event("out_of_memory", level=logging.ERROR, device=self._device, error=str(error))
-            return errors.unavailable("The device ran out of memory.", "out_of_memory")
-        event("transcription_failed", level=logging.ERROR, error=str(error))
-        return errors.internal()
+        segments, found = self._model.transcribe(
+            samples,
+            language=language,
+            task=options.task,
+            beam_size=self._settings.beam_size,
+            # 0 lets faster-whisper climb through higher ones where the text looks wrong.
+            **({"temperature": options.temperature} if options.temperature else {}),
+            initial_prompt=options.prompt or None,
+            word_timestamps=options.words,
+        )
+        if speech:
+            segments = restore_speech_timestamps(segments, speech, audio.RATE)
+        yield Info(options.task, found.language, duration, found.duration)
+        for segment in segments:
+            if cancelled():
+                return
+            yield _segment(segment)
 
 
 def _segment(found: Any) -> Segment:
