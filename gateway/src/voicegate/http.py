@@ -1,0 +1,207 @@
+"""Everything HTTP around the routes: keys, request ids, disconnects, streams of events, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from voicegate import errors
+from voicegate.errors import ApiError
+from voicegate.logs import event, logger, request_id
+
+T = TypeVar("T")
+
+RECEIVE_TIMEOUT = 60.0  # seconds without a byte of an upload
+KEEP_ALIVE = 15.0  # seconds between signs of life in a stream
+
+
+class EventStream(Response):
+    """Server-sent events until the source ends or the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, request: Request, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(media_type=self.media_type)
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
+        self._request = request
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        try:
+            await unless_disconnected(self._request, write())
+        finally:
+            await self._close()
+
+
+async def with_pauses(items: AsyncGenerator[T, None], seconds: float) -> AsyncIterator[T | None]:
+    """The items, and None whenever `seconds` pass without one."""
+    pending: asyncio.Future[T] | None = None
+    try:
+        while True:
+            pending = asyncio.ensure_future(anext(items))
+            while not (await asyncio.wait({pending}, timeout=seconds))[0]:
+                yield None
+            try:
+                item = pending.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if pending is not None and not pending.done():
+            pending.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await pending
+
+
+async def chunks(request: Request) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            async with asyncio.timeout(RECEIVE_TIMEOUT):
+                message = await request.receive()
+        except TimeoutError:
+            raise ApiError(408, "The upload stopped arriving.", code="upload_timeout") from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        if body := message.get("body", b""):
+            yield body
+        if not message.get("more_body", False):
+            return
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T] | Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away first."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task: asyncio.Future[T] = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(gone())
+    both: set[asyncio.Future[Any]] = {task, watch}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        if left := {item for item in both if not item.done()}:
+            for item in left:
+                item.cancel()
+            await asyncio.wait(left)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, headers=error.headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every failure in OpenAI's shape."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(Exception, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    return error_response(error if isinstance(error, ApiError) else errors.internal())
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        return error_response(errors.internal())
+    where = f"{request.method} {request.url.path}"
+    message = {404: f"Invalid URL ({where}).", 405: f"Method not allowed ({where})."}.get(
+        error.status_code, str(error.detail)
+    )
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    return error_response(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    place = first.get("loc", ())
+    return error_response(errors.invalid(str(first.get("msg", error)), str(place[-1]) if place else None))
+
+
+_REQUEST_ID = re.compile(r"^[\w.:/+=-]{1,128}$", re.ASCII)
+
+
+class Gate:
+    """Around every request: its id, the key, one line in the log, every failure in OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._key = api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {
+            name: value for name, value in scope["headers"] if name in (b"x-request-id", b"authorization")
+        }
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        current = given if _REQUEST_ID.match(given) else f"req_{uuid.uuid4().hex}"
+        token = request_id.set(current)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", current.encode())]
+            await send(message)
+
+        try:
+            if (refusal := self._refusal(scope, headers.get(b"authorization", b""))) is not None:
+                await error_response(refusal)(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = 499  # nobody is there to read it; the number is nginx's, for the log
+        except Exception:
+            logger.exception("request_failed")
+            if status == 0:
+                await error_response(errors.internal())(scope, receive, send_with_id)
+            status = 500
+        finally:
+            quiet = scope["path"] == "/health" and status < 400
+            event(
+                "request", level=logging.DEBUG if quiet else logging.INFO, method=scope["method"],
+                path=scope["path"], status=status, seconds=time.perf_counter() - started,
+            )  # fmt: skip
+            request_id.reset(token)
+
+    def _refusal(self, scope: Scope, authorization: bytes) -> ApiError | None:
+        if not self._key or scope["path"] == "/health":
+            return None
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
+            return None
+        return errors.unauthorized(given=bool(authorization))

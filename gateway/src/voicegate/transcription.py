@@ -1,0 +1,185 @@
+"""A request for a transcription: what its form asks, and the answer in the form it wants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from voicegate import errors, formats, languages, subtitles
+from voicegate.engine import Info, Options, Segment, Task
+from voicegate.models import ModelName
+from voicegate.settings import Settings
+from voicegate.uploads import Form, Upload
+
+GRANULARITIES = ("segment", "word")
+SUBTITLES = ("srt", "vtt")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A transcription request, checked."""
+
+    upload: Upload
+    options: Options
+    response_format: str
+    granularities: tuple[str, ...]
+    stream: bool
+    layout: subtitles.Layout | None = None
+
+
+def parse_subtitles(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked:
+    """The request for subtitles in `form`: srt (default) or vtt, and how they are laid out."""
+    task = "translate" if form.get("task") == "translate" else task
+    if form.get("task") not in ("", "transcribe", "translate"):
+        raise errors.invalid(
+            f"Invalid value for task: '{form.get('task')}'. Supported values are: 'transcribe', 'translate'.",
+            "task",
+            "invalid_value",
+        )
+    asked = parse(form, task, model, settings, SUBTITLES)
+    default = subtitles.Layout()
+    layout = subtitles.Layout(
+        int(_number(form, "max_line_chars", default.line_chars, 10, 200)),
+        int(_number(form, "max_lines", default.lines, 1, 4)),
+        _number(form, "max_chars_per_second", default.cps, 0, 100),
+    )
+    return replace(asked, stream=False, layout=layout, options=replace(asked.options, words=True))
+
+
+def _number(form: Form, param: str, default: float, low: int, high: int) -> float:
+    text = form.get(param)
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not low <= value <= high:
+        raise errors.invalid(
+            f"Invalid value for {param}: '{text}'. It must be a number from {low} to {high}.",
+            param,
+            "invalid_value",
+        )
+    return value
+
+
+def parse(
+    form: Form,
+    task: Task,
+    model: ModelName,
+    settings: Settings,
+    kinds: tuple[str, ...] = formats.FORMATS,
+) -> Asked:
+    """The request in `form`; ApiError names what is wrong. The first of `kinds` is the default format."""
+    requested = form.get("model")
+    if not model.matches(requested):
+        raise errors.unknown_model(requested, [model.id])
+    if form.upload is None:
+        raise errors.missing("file")
+    if form.upload.size == 0:
+        raise errors.bad_audio("it is empty")
+    response_format = form.get("response_format") or kinds[0]
+    if response_format not in kinds:
+        raise errors.invalid(
+            f"Invalid value for response_format: '{response_format}'."
+            f" Supported values are: {_quoted(kinds)}.",
+            "response_format",
+            "invalid_value",
+        )
+    granularities = tuple(form.list("timestamp_granularities")) or ("segment",)
+    for value in granularities:
+        if value not in GRANULARITIES:
+            raise errors.invalid(
+                f"Invalid value for timestamp_granularities: '{value}'."
+                f" Supported values are: {_quoted(GRANULARITIES)}.",
+                "timestamp_granularities",
+                "invalid_value",
+            )
+    stream = task == "transcribe" and _boolean(form.get("stream"), "stream")
+    if stream and response_format not in ("json", "text"):
+        raise errors.invalid(
+            f"A stream of events cannot carry response_format '{response_format}'; use 'json'.",
+            "response_format",
+            "invalid_value",
+        )
+    words = "word" in granularities and response_format == "verbose_json"
+    options = Options(
+        task=task,
+        language=_language(form, settings),
+        prompt=form.get("prompt") or None,
+        temperature=_temperature(form.get("temperature")),
+        words=words,
+    )
+    return Asked(form.upload, options, response_format, granularities, stream)
+
+
+def _language(form: Form, settings: Settings) -> str | None:
+    given = form.get("language")
+    if not given:
+        return settings.language or None
+    if given.casefold() == "auto":
+        return None
+    code = languages.code_of(given)
+    if code is None:
+        raise errors.invalid(
+            f"Language '{given}' is not supported. Give an ISO-639-1 code such as 'en' or 'de'.",
+            "language",
+            "unsupported_language",
+        )
+    return code
+
+
+def _temperature(text: str) -> float:
+    if not text:
+        return 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise errors.invalid(
+            f"Invalid value for temperature: '{text}'. It must be a number between 0 and 1.",
+            "temperature",
+            "invalid_value",
+        )
+    return value
+
+
+def _boolean(text: str, param: str) -> bool:
+    if text.lower() in ("", "false", "0", "null", "none"):
+        return False
+    if text.lower() in ("true", "1"):
+        return True
+    raise errors.invalid(
+        f"Invalid value for {param}: '{text}'. It must be true or false.", param, "invalid_value"
+    )
+
+
+def _quoted(values: tuple[str, ...]) -> str:
+    return ", ".join(f"'{value}'" for value in values)
+
+
+def answer(asked: Asked, info: Info, segments: list[Segment]) -> Response:
+    """All of it in the format asked for."""
+    match asked.response_format:
+        case "text":
+            return PlainTextResponse(formats.as_text(segments))
+        case "srt":
+            text = subtitles.as_srt(segments, asked.layout) if asked.layout else formats.as_srt(segments)
+            return PlainTextResponse(text, media_type="application/x-subrip; charset=utf-8")
+        case "vtt":
+            text = subtitles.as_vtt(segments, asked.layout) if asked.layout else formats.as_vtt(segments)
+            return PlainTextResponse(text, media_type="text/vtt; charset=utf-8")
+        case "verbose_json":
+            return JSONResponse(
+                formats.as_verbose_json(
+                    segments,
+                    info,
+                    with_segments="segment" in asked.granularities,
+                    with_words="word" in asked.granularities,
+                )
+            )
+        case _:
+            body = formats.as_json(segments, info)
+            if info.task == "translate":
+                del body["usage"]
+            return JSONResponse(body)
