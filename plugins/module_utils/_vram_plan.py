@@ -270,7 +270,7 @@ def _fitting(
             cost = sum(part[0] for part in way)
             found.append((cost, -tried.need_mib, repr(sorted(told)) + repr(tried.mix), tried, told))
     found.sort(key=lambda item: item[:3])
-    return [(tried, told) for *_unused, tried, told in found]
+    return [item[3:] for item in found]
 
 
 # Cards that people buy, MiB as nvidia-smi shows them (public listings; yours wins).
