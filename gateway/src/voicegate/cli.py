@@ -1,4 +1,4 @@
-"""`voicegate serve` and `voicegate fetch`."""
+"""`voicegate serve`, `voicegate fetch` and `voicegate key`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from voicegate import __version__, logs, models
+from voicegate import __version__, keys, logs, models
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
 
@@ -49,8 +49,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     fetch.add_argument("--model", required=True, metavar="TEXT", help="name or hub id")
     fetch.add_argument("--revision", default=None, metavar="TEXT", help="commit, tag or branch [main]")
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        epilog="The key is shown once. Limits can follow on its line: NAME:SHA256:per_minute=60,concurrent=4",
+        allow_abbrev=False,
+    )
+    key.add_argument("name", metavar="NAME", help="whose it is; it is seen in the log and in metrics")
     given = vars(parser.parse_args(arguments))
-    if given.pop("command") == "fetch":
+    command = given.pop("command")
+    if command == "key":
+        return make_key(given["name"])
+    if command == "fetch":
         return fetch_model(given["model"], given["revision"])
     try:
         settings = Settings.load(given)
@@ -62,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_server(settings: Settings) -> int:
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     # Whatever a library might want to look up or report: this process talks to its clients only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
@@ -115,7 +125,7 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
                 host=host,
                 port=port,
                 model=model.id,
-                auth="key" if settings.api_key else "none",
+                auth="key" if settings.api_key or settings.api_keys_file else "none",
                 version=__version__,
             )
 
@@ -146,6 +156,17 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
         for item in sockets:
             item.close()
     return EXIT_FAILED if failure else 0
+
+
+def make_key(name: str) -> int:
+    try:
+        key, line = keys.create(name)
+    except ValueError as error:
+        print(f"voicegate: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    print(f"key (shown only now):                {key}")
+    print(f"line for the file of --api-keys-file: {line}")
+    return 0
 
 
 def fetch_model(name: str, revision: str | None) -> int:

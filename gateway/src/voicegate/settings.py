@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voicegate import languages, models
+from voicegate import keys, languages, logs, models
 from voicegate.errors import ModelUnavailable, SettingsError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,6 +60,15 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    max_decode_seconds: int = _setting(300, "longest time that decoding one upload may take", low=1)
+    cors_origins: str = _setting(
+        "", "web pages of other origins that may ask, with commas between; * is any (default: none)"
+    )
+    log_format: str = _setting("text", "lines of key=value, or of JSON", choices=logs.FORMATS)
+    log_text: bool = _setting(False, "log what was said, too")
+    api_keys_file: str = _setting(
+        "", "file with several keys, a line NAME:SHA256[:LIMITS] each (see 'voicegate key')"
+    )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
@@ -152,6 +161,11 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             problems.append(f"--api-key-file: {error}")
         else:
             changes["api_key"] = key
+    if settings.api_keys_file:
+        try:
+            keys.read(settings.api_keys_file)
+        except (OSError, ValueError) as error:
+            problems.append(f"--api-keys-file: {error}")
     key = changes.get("api_key", settings.api_key)
     if not key.isascii() or not key.isprintable():
         problems.append("the API key must be one line of plain ASCII: it travels in an HTTP header")
@@ -175,7 +189,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _flag(item.name), dest=item.name, action="store_const", const="true", help=help
             )
             group.add_argument(
-                f"--no-{item.name}", dest=item.name, action="store_const", const="false", help="the opposite"
+                f"--no-{item.name.replace('_', '-')}",
+                dest=item.name,
+                action="store_const",
+                const="false",
+                help="the opposite",
             )
         else:
             parser.add_argument(

@@ -78,6 +78,13 @@ def parse(
     if form.upload.size == 0:
         raise errors.bad_audio("it is empty")
     response_format = form.get("response_format") or kinds[0]
+    if response_format == "diarized_json":
+        raise errors.invalid(
+            "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'."
+            f" Supported values are: {_quoted(kinds)}.",
+            "response_format",
+            "diarization_unavailable",
+        )
     if response_format not in kinds:
         raise errors.invalid(
             f"Invalid value for response_format: '{response_format}'."
@@ -101,13 +108,14 @@ def parse(
             "response_format",
             "invalid_value",
         )
-    words = "word" in granularities and response_format == "verbose_json"
+    words = "word" in granularities and (stream or response_format == "verbose_json")
     options = Options(
         task=task,
         language=_language(form, settings),
         prompt=form.get("prompt") or None,
         temperature=_temperature(form.get("temperature")),
         words=words,
+        hotwords=form.get("hotwords") or None,
     )
     return Asked(form.upload, options, response_format, granularities, stream)
 
