@@ -194,8 +194,8 @@ def test_page(serve: Serve, tmp_path: Path) -> None:
         driver.find_element(By.ID, "key").send_keys("secret\n")
         wait(lambda: driver.find_element(By.ID, "say").text == "Done.")
         assert driver.find_element(By.ID, "text").text == TEXT
-        assert driver.execute_script("return sessionStorage.getItem('key')") == "secret"  # type: ignore[no-untyped-call]
-        driver.execute_script("document.querySelectorAll('#text span')[1].click()")  # type: ignore[no-untyped-call]
+        assert driver.execute_script("return sessionStorage.getItem('key')") == "secret"
+        driver.execute_script("document.querySelectorAll('#text span')[1].click()")
         wait(lambda: driver.find_elements(By.CSS_SELECTOR, "#text .lit"))
         assert driver.find_element(By.ID, "take").is_displayed()
         driver.get(server.url + "/docs")
