@@ -221,9 +221,9 @@ class ProcessEngine:
 
     async def _end(self) -> None:
         process, self._process = self._process, None
-        self._state = "unloaded"
         if process is not None:
             await process.end()
+        self._state = "unloaded"
 
     async def _transcribe(self, job: Job[Info | Segment], source: Source, options: Options) -> None:
         try:
