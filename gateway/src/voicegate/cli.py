@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from voicegate import __version__, logs, models
+from voicegate.engine import Engine
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
 
@@ -66,11 +67,13 @@ def run_server(settings: Settings) -> int:
     # Whatever a library might want to look up or report: this process talks to its clients only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
-    try:
-        folder = models.locate(model, settings.revision or None)
-    except ModelUnavailable as error:
-        print(f"voicegate: --model: {error}", file=sys.stderr)
-        return EXIT_SETTINGS
+    folder: Path | None = None
+    if not settings.upstream:
+        try:
+            folder = models.locate(model, settings.revision or None)
+        except ModelUnavailable as error:
+            print(f"voicegate: --model: {error}", file=sys.stderr)
+            return EXIT_SETTINGS
 
     try:
         return asyncio.run(_serve(settings, model, folder))
@@ -78,13 +81,23 @@ def run_server(settings: Settings) -> int:
         return 130
 
 
-async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> int:
+def make_engine(settings: Settings, folder: Path | None) -> Engine:
+    """The model in `folder`, or the upstream if there is none."""
+    if folder is None:
+        from voicegate.upstream import UpstreamEngine
+
+        return UpstreamEngine(settings)
+    from voicegate.process import ProcessEngine
+
+    return ProcessEngine(settings, folder)
+
+
+async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
     import uvicorn
 
     from voicegate.api import create_app
-    from voicegate.process import ProcessEngine
 
-    engine = ProcessEngine(settings, folder)
+    engine = make_engine(settings, folder)
     config = uvicorn.Config(
         create_app(settings, model, engine),
         host=settings.host,
