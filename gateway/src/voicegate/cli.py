@@ -12,11 +12,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from voicegate import __version__, logs, models
 from voicegate.engine import Engine
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
+
+if TYPE_CHECKING:
+    from voicegate.wyoming_server import Wyoming
 
 EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
 EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
@@ -92,6 +96,24 @@ def make_engine(settings: Settings, folder: Path | None) -> Engine:
     return ProcessEngine(settings, folder)
 
 
+async def start_wyoming(settings: Settings, model: models.ModelName, engine: Engine) -> Wyoming | None:
+    """None if it is not wanted, or its port cannot be had, which is logged."""
+    if settings.wyoming_port < 0:
+        return None
+    from voicegate.wyoming_server import Wyoming
+
+    server = Wyoming(settings, model, engine)
+    try:
+        await server.start()
+    except OSError as error:
+        logs.event(
+            "cannot_listen", level=logging.ERROR, host=settings.host, port=settings.wyoming_port,
+            error=error.strerror,
+        )  # fmt: skip
+        return None
+    return server
+
+
 async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
     import uvicorn
 
@@ -139,6 +161,10 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
         logs.event("cannot_listen", level=logging.ERROR, host=settings.host, port=settings.port)
         await engine.stop()
         return EXIT_FAILED
+    wyoming = await start_wyoming(settings, model, engine)
+    if settings.wyoming_port >= 0 and wyoming is None:
+        await engine.stop()
+        return EXIT_FAILED
     failure: list[str] = []
 
     async def load() -> None:
@@ -155,6 +181,8 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
         await server.serve(sockets)
     finally:
         loading.cancel()
+        if wyoming is not None:
+            await wyoming.stop()
         await engine.stop()
         for item in sockets:
             item.close()

@@ -64,6 +64,9 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    wyoming_port: int = _setting(
+        -1, "port for the Wyoming protocol of home automation (-1: off, 0: any free one)", low=-1, high=65535
+    )
     upstream: str = _setting(
         "", "URL of a speech server with OpenAI's API that does the work (default: the model runs here)"
     )
