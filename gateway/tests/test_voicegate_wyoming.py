@@ -151,12 +151,14 @@ def test_what_cannot_be_done_is_said(home: Server, said: list[event.Eventable], 
 )
 def test_nonsense_ends_only_its_own_connection(home: Server, raw: bytes) -> None:
     answer = b""
-    with socket.create_connection(("127.0.0.1", port_of(home)), timeout=10) as connection:
-        # A server that hangs up before it has read everything resets the connection.
-        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-            connection.sendall(raw)
-            connection.shutdown(socket.SHUT_WR)
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    # A server that hangs up before it has read everything resets the connection.
+    with (
+        socket.create_connection(("127.0.0.1", port_of(home)), timeout=10) as connection,
+        contextlib.suppress(ConnectionResetError, BrokenPipeError),
+    ):
+        connection.sendall(raw)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
     if answer:
         assert json.loads(answer.splitlines()[0])["type"] == "error"
     assert "Traceback" not in home.log
