@@ -226,6 +226,46 @@ def test_what_is_asked_of_it(serve: Serve, broken: Broken) -> None:
     assert CLIP.read_bytes() in body
 
 
+def test_what_it_does_not_do_itself_goes_to_the_engine(front: Server, server: Server) -> None:
+    for one in (front, server):
+        assert one.client().models.list().data[0].id == MODEL.name
+        assert one.client().models.retrieve("whisper-1").id == MODEL.name
+        with pytest.raises(openai.NotFoundError) as caught:
+            one.client().audio.speech.create(model="tts-1", voice="alloy", input="Hallo")
+        assert caught.value.code == "unknown_url"
+
+
+def test_speech_output_is_passed_on(serve: Serve, broken: Broken) -> None:
+    broken.body, broken.headers = bytes(range(256)) * 1000, {"content-type": "audio/mpeg", "x-more": "1"}
+    front = serve("--upstream", broken.url, env={"VOICEGATE_UPSTREAM_API_KEY": "theirs"})
+    with front.client("mine").audio.speech.with_streaming_response.create(
+        model="tts", voice="alloy", input="Hallo", extra_query={"a": "b c"}
+    ) as answer:
+        assert (answer.headers["content-type"], answer.headers["x-more"]) == ("audio/mpeg", "1")
+        assert answer.read() == broken.body
+    [(path, headers, body)] = broken.asked
+    assert path == "/v1/audio/speech?a=b+c"
+    assert headers["authorization"] == "Bearer theirs"
+    assert json.loads(body)["input"] == "Hallo"
+    broken.status, broken.body = 418, b"{}"
+    assert front.request("POST", "/api/x/y%2Fz", b"")[0] == 418
+    assert broken.asked[-1][0] == "/api/x/y%2Fz"
+    broken.close()
+    status, _unused, answered = front.request("GET", "/v1/voices")
+    assert (status, json.loads(answered)["error"]["code"]) == (503, "engine_unreachable")
+    assert front.request("GET", "/elsewhere")[0] == 404
+
+
+def test_other_models_of_the_engine(serve: Serve, broken: Broken, front: Server) -> None:
+    broken.body = json.dumps({"text": "x"}).encode()
+    other = serve("--upstream", broken.url)
+    assert ask(other, model="another/model").text == "x"
+    assert b"\r\n\r\nanother/model\r\n" in broken.asked[0][2]
+    with pytest.raises(openai.NotFoundError) as caught:
+        ask(front, model="another/model")
+    assert caught.value.code == "model_not_found"
+
+
 def test_words_find_their_segments() -> None:
     segments = [Segment(0, 1, " a b"), Segment(1, 2, " c"), Segment(5, 6, " d")]
     words = [Word(0, 0.4, " a", 0), Word(0.5, 0.9, " b", 0), Word(0.95, 1.4, " c", 0), Word(5, 6, " d", 0)]

@@ -121,7 +121,7 @@ class UpstreamEngine:
                 await asyncio.sleep(PROBE_PAUSES[0])
 
     async def _post(self, path: str, descriptor: int, options: Options) -> dict[str, Any]:
-        form = fields(self._model, options)
+        form = fields(options.model or self._model, options)
         body, length, content_type = multipart(form, descriptor)
         headers = {"content-type": content_type, "content-length": str(length)}
         if current := request_id.get():
@@ -140,6 +140,8 @@ class UpstreamEngine:
         except httpx2.HTTPError as error:  # it went away in the middle
             self._note(f"{type(error).__name__}: {error}")
             raise errors.engine_down() from error
+        if response.status_code == 404 and options.model:
+            raise errors.unknown_model(options.model, [self._model])
         if response.status_code >= 300:
             raise refused(response.status_code, bytes(data), self._model, response.headers.get("retry-after"))
         self._note(None)
