@@ -75,6 +75,26 @@ def test_a_new_port_of_speech_to_text_reaches_a_running_open_webui(stack: Stack)
     assert stack.apply().changed == 0
 
 
+def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
+    """With the built-in engine it is the same unit; home automation comes with it."""
+    infra = stack.inventory / "infra.yml"
+    infra.write_text(
+        infra.read_text(encoding="utf-8").replace("stt_server]", "stt_server, voice_gateway]"),
+        encoding="utf-8",
+    )
+    stack.set_host_vars(
+        "e2e-speech",
+        "stt_server_quantization: float32\nstt_server_port: 8001\nvoice_gateway_engine_port: 8002\n"
+        "voice_gateway_wyoming: true\nvoice_gateway_settings: {queue_limit: 5}\n",
+    )
+    stack.apply("--tags", "stt")
+    told = health("e2e-speech", 8001, "/health")
+    assert (told["status"], told["queue"]["limit"], told["compute_type"]) == ("ok", 5, "float32")
+    listening = incus("exec", "e2e-speech", "--", "ss", "-Htln")
+    assert ":10300 " in listening
+    assert stack.apply().changed == 0
+
+
 def test_everything_comes_back_after_a_restart_of_the_containers(stack: Stack) -> None:
     incus("restart", "e2e-speech", "e2e-webui", timeout=120)
     wait_for(90, lambda: health("e2e-speech", 8001, "/health")["status"] == "ok")

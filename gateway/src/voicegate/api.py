@@ -25,9 +25,13 @@ from voicegate.http import (
 )
 from voicegate.logs import event
 from voicegate.models import ModelName
+from voicegate.proxy import METHODS, Proxy
 from voicegate.settings import Settings
 from voicegate.transcription import Asked, answer, parse, parse_subtitles
 from voicegate.uploads import Form, read_form
+
+# With an upstream: its models, what it speaks, and its own API, as far as there is nothing of ours.
+PASSED_ON = ("/v1/{path:path}", "/api/{path:path}")
 
 
 def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
@@ -103,9 +107,14 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
     app.add_api_route("/v1/audio/transcriptions", transcriptions, methods=["POST"])
     app.add_api_route("/v1/audio/translations", translations, methods=["POST"])
     app.add_api_route("/v1/audio/subtitles", captions, methods=["POST"])
-    app.add_api_route("/v1/models", list_models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
+    if settings.upstream:
+        proxy = Proxy(settings)
+        for path in PASSED_ON:
+            app.add_api_route(path, proxy.pass_on, methods=list(METHODS), include_in_schema=False)
+    else:
+        app.add_api_route("/v1/models", list_models, methods=["GET"])
+        app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     add_error_handlers(app)
     return Gate(app, settings.api_key)
 

@@ -12,10 +12,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from voicegate import __version__, logs, models
+from voicegate.engine import Engine
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
+
+if TYPE_CHECKING:
+    from voicegate.wyoming_server import Wyoming
 
 EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
 EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
@@ -66,11 +71,13 @@ def run_server(settings: Settings) -> int:
     # Whatever a library might want to look up or report: this process talks to its clients only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
-    try:
-        folder = models.locate(model, settings.revision or None)
-    except ModelUnavailable as error:
-        print(f"voicegate: --model: {error}", file=sys.stderr)
-        return EXIT_SETTINGS
+    folder: Path | None = None
+    if not settings.upstream:
+        try:
+            folder = models.locate(model, settings.revision or None)
+        except ModelUnavailable as error:
+            print(f"voicegate: --model: {error}", file=sys.stderr)
+            return EXIT_SETTINGS
 
     try:
         return asyncio.run(_serve(settings, model, folder))
@@ -78,13 +85,41 @@ def run_server(settings: Settings) -> int:
         return 130
 
 
-async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> int:
+def make_engine(settings: Settings, folder: Path | None) -> Engine:
+    """The model in `folder`, or the upstream if there is none."""
+    if folder is None:
+        from voicegate.upstream import UpstreamEngine
+
+        return UpstreamEngine(settings)
+    from voicegate.process import ProcessEngine
+
+    return ProcessEngine(settings, folder)
+
+
+async def start_wyoming(settings: Settings, model: models.ModelName, engine: Engine) -> Wyoming | None:
+    """None if it is not wanted, or its port cannot be had, which is logged."""
+    if settings.wyoming_port < 0:
+        return None
+    from voicegate.wyoming_server import Wyoming
+
+    server = Wyoming(settings, model, engine)
+    try:
+        await server.start()
+    except OSError as error:
+        logs.event(
+            "cannot_listen", level=logging.ERROR, host=settings.host, port=settings.wyoming_port,
+            error=error.strerror,
+        )  # fmt: skip
+        return None
+    return server
+
+
+async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
     import uvicorn
 
     from voicegate.api import create_app
-    from voicegate.process import ProcessEngine
 
-    engine = ProcessEngine(settings, folder)
+    engine = make_engine(settings, folder)
     config = uvicorn.Config(
         create_app(settings, model, engine),
         host=settings.host,
@@ -126,6 +161,10 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
         logs.event("cannot_listen", level=logging.ERROR, host=settings.host, port=settings.port)
         await engine.stop()
         return EXIT_FAILED
+    wyoming = await start_wyoming(settings, model, engine)
+    if settings.wyoming_port >= 0 and wyoming is None:
+        await engine.stop()
+        return EXIT_FAILED
     failure: list[str] = []
 
     async def load() -> None:
@@ -142,6 +181,8 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
         await server.serve(sockets)
     finally:
         loading.cancel()
+        if wyoming is not None:
+            await wyoming.stop()
         await engine.stop()
         for item in sockets:
             item.close()

@@ -29,6 +29,7 @@ class Options:
     prompt: str | None = None
     temperature: float = 0.0
     words: bool = False
+    model: str = ""  # another than the server's own; only an upstream may have one
 
 
 @dataclass(frozen=True)

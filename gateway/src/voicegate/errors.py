@@ -114,6 +114,28 @@ def out_of_memory() -> ApiError:
     return unavailable("The device ran out of memory.", "out_of_memory")
 
 
+def engine_unreachable(url: str) -> ApiError:
+    return unavailable(f"The speech engine at {url} cannot be reached.", "engine_unreachable")
+
+
+def engine_timeout(seconds: int) -> ApiError:
+    return ApiError(
+        504,
+        f"The speech engine did not answer within {seconds} s.",
+        type="server_error",
+        code="engine_timeout",
+    )
+
+
+def engine_answer(detail: str) -> ApiError:
+    return ApiError(
+        502,
+        f"The speech engine's answer cannot be read: {detail}.",
+        type="server_error",
+        code="engine_answer",
+    )
+
+
 def only_english(model: str) -> ApiError:
     return invalid(f"The model '{model}' knows only English.", "language", "unsupported_language")
 

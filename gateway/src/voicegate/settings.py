@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ COMPUTE_TYPES = (
 )
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
+# Read from <name>_file or the environment.
+SECRETS = ("api_key", "upstream_api_key")
+_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
 
 
 def _setting(
@@ -60,12 +64,22 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    wyoming_port: int = _setting(
+        -1, "port for the Wyoming protocol of home automation (-1: off, 0: any free one)", low=-1, high=65535
+    )
+    upstream: str = _setting(
+        "", "URL of a speech server with OpenAI's API that does the work (default: the model runs here)"
+    )
+    upstream_model: str = _setting("", "what that server calls the model [--model]")
+    upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
+    upstream_api_key_file: str = _setting("", "file with the key that server wants")
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
     log_level: str = _setting("info", "how much to log", choices=LOG_LEVELS)
-    # Not an option: a key on a command line is in every process list.
+    # No options: a key on a command line is in every process list.
     api_key: str = field(default="", repr=False)
+    upstream_api_key: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, given: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
@@ -145,23 +159,26 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             changes["language"] = code
     if settings.upload_dir and not os.access(settings.upload_dir, os.W_OK | os.X_OK):
         problems.append(f"--upload-dir: cannot write to {settings.upload_dir}")
-    if settings.api_key_file:
-        try:
-            key = Path(settings.api_key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--api-key-file: {error}")
-        else:
-            changes["api_key"] = key
-    key = changes.get("api_key", settings.api_key)
-    if not key.isascii() or not key.isprintable():
-        problems.append("the API key must be one line of plain ASCII: it travels in an HTTP header")
+    for name in SECRETS:
+        if path := getattr(settings, f"{name}_file"):
+            try:
+                changes[name] = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{_flag(name)}-file: {error}")
+        key = changes.get(name, getattr(settings, name))
+        if not key.isascii() or not key.isprintable():
+            problems.append(
+                f"{PREFIX + name.upper()}: a key is one line of plain ASCII; it travels in an HTTP header"
+            )
+    if settings.upstream and not _URL.match(settings.upstream):
+        problems.append(f"--upstream: {settings.upstream!r} is no URL such as http://127.0.0.1:8001")
     return dataclasses.replace(settings, **changes), problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per setting. Values stay text: `Settings.load` checks options and environment alike."""
     for item in dataclasses.fields(Settings):
-        if item.name == "api_key":
+        if item.name in SECRETS:
             continue
         help = item.metadata["help"]
         if choices := item.metadata["choices"]:

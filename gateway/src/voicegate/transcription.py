@@ -71,7 +71,8 @@ def parse(
 ) -> Asked:
     """The request in `form`; ApiError names what is wrong. The first of `kinds` is the default format."""
     requested = form.get("model")
-    if not model.matches(requested):
+    known = model.matches(requested)
+    if not known and not settings.upstream:
         raise errors.unknown_model(requested, [model.id])
     if form.upload is None:
         raise errors.missing("file")
@@ -108,6 +109,7 @@ def parse(
         prompt=form.get("prompt") or None,
         temperature=_temperature(form.get("temperature")),
         words=words,
+        model="" if known else requested,
     )
     return Asked(form.upload, options, response_format, granularities, stream)
 

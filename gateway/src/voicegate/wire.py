@@ -14,7 +14,7 @@ from typing import Any
 
 from voicegate.engine import Info, Options, Segment, Word
 from voicegate.errors import ApiError
-from voicegate.settings import Settings
+from voicegate.settings import SECRETS, Settings
 
 # A segment of 30 seconds with all its words and tokens is far below that.
 LINE_LIMIT = 16 * 1024 * 1024
@@ -32,8 +32,8 @@ def unpack(line: bytes) -> dict[str, Any]:
 
 
 def settings_to(settings: Settings) -> dict[str, Any]:
-    """Without the key: the engine has no use for it."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "api_key"}
+    """Without the keys: the engine has no use for them."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in SECRETS}
 
 
 def settings_from(value: Mapping[str, Any]) -> Settings:
