@@ -181,7 +181,7 @@ def test_the_program_runs_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "plan"),
     [
-        ({}, {}),
+        ({}, set()),
         ({"gpu_vram_mib": 24576}, {"ollama", "speaches"}),
         ({"gpu_vram_mib": 24576, "sottovoce_vram_plan": {"mine": 5}}, {"mine"}),
         (
