@@ -182,7 +182,7 @@ def test_the_program_runs_alone(tmp_path: Path) -> None:
     ("given", "plan"),
     [
         ({}, set()),
-        ({"gpu_vram_mib": 24576}, {"ollama", "speaches"}),
+        ({"gpu_vram_mib": 24576}, {"ollama", "speaches", "voicegate"}),
         ({"gpu_vram_mib": 24576, "sottovoce_vram_plan": {"mine": 5}}, {"mine"}),
         (
             {"gpu_vram_mib": 24576, "sottovoce_vram_plan": {"mine": 5}, "vram_exporter_plan": {"other": 1}},
