@@ -20,11 +20,14 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint im
     Llm,
     UnknownModel,
     llm_from_metadata,
+    windows,
 )
+from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint import stt as speech_footprint
 
 # The roles' defaults of what is read here; a test holds them equal.
 STT_DEFAULTS: Mapping[str, Any] = {
     "stt_server_engine": "speaches",
+    "stt_server_engine_fallback": "builtin",
     "stt_server_model": "large-v3-turbo",
     "stt_server_quantization": "float16",
     "stt_server_device": "auto",
@@ -203,7 +206,7 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         driver_mib=vram.DRIVER_MIB,
         need_mib=found.need_mib,
         parts=[as_part(part) for part in found.parts],
-        units=units_of(found),
+        units=units_of(found, str(variables.get("stt_server_engine_fallback", "builtin"))),
         settings={
             "stt_server_model": found.mix.model,
             "stt_server_quantization": found.mix.compute_type if found.mix.model else "",
@@ -232,12 +235,17 @@ def as_part(part: Footprint) -> dict[str, Any]:
     }
 
 
-def units_of(found: vram.Fit) -> dict[str, dict[str, int]]:
-    """What each systemd unit takes, MiB at rest and at peak."""
+def units_of(found: vram.Fit, fallback: str = "") -> dict[str, dict[str, int]]:
+    """
+    What each systemd unit takes, MiB at rest and at peak. Of speech-to-text also that of the engine that
+    a machine may fall back to: which of them runs is decided there.
+    """
     units = {}
     if found.speech:
-        unit = _stt.UNITS[found.mix.engine]
-        units[unit] = {"rest_mib": found.speech.rest, "peak_mib": found.speech.peak}
+        mix = found.mix
+        for engine in dict.fromkeys([mix.engine, *([fallback] if fallback in _stt.UNITS else [])]):
+            part = speech_footprint(mix.model, mix.compute_type, windows(mix.seconds, engine))
+            units[_stt.UNITS[engine]] = {"rest_mib": part.rest, "peak_mib": part.peak}
     if found.llms:
         units["ollama"] = {
             "rest_mib": sum(part.rest for part in found.llms),

@@ -96,6 +96,7 @@ def test_connected_machine_gets_speaches() -> None:
     assert "CUDAExecutionProvider" in environment["UNSTABLE_ORT_OPTS__EXCLUDE_PROVIDERS"]
     assert environment["HF_HOME"] == "/var/lib/speaches/hf"
     assert plan["working_directory"] == plan["release"]["path"]
+    assert plan["ready"].endswith(" --load deepdml/faster-whisper-large-v3-turbo-ct2 http://127.0.0.1:8000")
     # Settings that do nothing, or harm, are left out.
     assert not {"WHISPER__MODEL", "PRELOAD_MODELS", "API_KEY", "LD_LIBRARY_PATH"} & set(environment)
 

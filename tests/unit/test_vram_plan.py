@@ -244,7 +244,12 @@ def test_plan_of_a_machine() -> None:
         "llama3.1:8b",
         "nomic-embed-text",
     ]
-    assert set(plan["units"]) == {"speaches", "ollama"}
+    # Where Speaches cannot be had, voicegate runs instead, and takes one window at a time.
+    assert set(plan["units"]) == {"speaches", "voicegate", "ollama"}
+    assert plan["units"]["speaches"]["peak_mib"] == plan["parts"][0]["peak_mib"] == 3739
+    assert plan["units"]["voicegate"]["peak_mib"] == 2403
+    alone = request_.plan({**GPU, "gpu_card": "RTX 3090", "stt_server_engine_fallback": ""})
+    assert set(alone["units"]) == {"speaches", "ollama"}
     assert filters.vram_plan_fit_target({"a": plan}) == plan["settings"]["fit_target_mib"] > 1024
     assert filters.vram_plan_units({"a": plan}) == plan["units"]
 
