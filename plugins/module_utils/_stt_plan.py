@@ -345,6 +345,9 @@ def service(
             "HF_HUB_OFFLINE": "1",
         }
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
+        if device == "cuda":
+            turns = request.get("turns") or {}
+            environment |= {f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value}
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
         exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""

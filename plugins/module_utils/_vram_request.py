@@ -190,14 +190,18 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         "unknown": list(asked.unknown),
         "lines": [],
     }
+    policy = str(variables.get("vram_policy") or "resident")
+    if asked.mix is None and policy in vram.TURNS:
+        raise vram.PlanError(
+            f"vram_policy: {policy!r} needs to know how large the card is. Write {GIVE_SIZE}."
+        )
     if asked.mix is None:
         result["lines"] = [f"VRAM is not planned: nobody says how large the card is. Write {GIVE_SIZE}."]
         return result
-    if asked.mix.policy != "resident":
-        raise vram.PlanError(
-            f"vram_policy: {asked.mix.policy!r} is not carried out by this version: nothing takes turns on a"
-            " card yet. Write resident, and a mix that fits together."
-        )
+    mix = asked.mix
+    builtin = mix.engine == "builtin"
+    if policy in vram.TURNS and "stt_server" in (variables.get("instance_roles") or []):
+        _check_turns(mix, asked)
     found = vram.choose(asked.mix)
     refused = not found.ok and not asked.unknown
     result.update(
@@ -214,14 +218,31 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
             "context_length": found.mix.context,
             "num_parallel": found.mix.parallel,
             "max_loaded_models": found.mix.loaded,
+            "vram_policy": found.mix.policy,
+            "speech_need_mib": found.speech.peak if found.speech else 0,
+            "speech_int8_mib": _int8_mib(found),
         },
     )
     if refused:
-        result["nearest"] = [
-            {"change": in_words(told), "need_mib": tried.need_mib} for tried, told in vram.nearest(found.mix)
-        ]
+        near = vram.nearest(found.mix, turns=builtin)
+        result["nearest"] = [{"change": in_words(told), "need_mib": tried.need_mib} for tried, told in near]
     result["lines"] = report(result)
     return result
+
+
+def _check_turns(mix: vram.Mix, asked: Asked) -> None:
+    """Raises PlanError where nobody can carry out that speech and language take turns."""
+    if mix.model and mix.engine != "builtin":
+        raise vram.PlanError(
+            f"vram_policy: {mix.policy!r} is carried out by the engine builtin alone: Speaches keeps part of"
+            " the card after unloading, and cannot be asked to wait. Write stt_server_engine: builtin, or"
+            " vram_policy: resident and a mix that fits together."
+        )
+    if not mix.model and asked.unknown:
+        raise vram.PlanError(
+            f"vram_policy: {mix.policy!r} needs a speech model of known size, and that of"
+            f" {', '.join(asked.unknown)} is not known. Name one of {', '.join(_stt.MODELS)}."
+        )
 
 
 def as_part(part: Footprint) -> dict[str, Any]:
@@ -233,6 +254,15 @@ def as_part(part: Footprint) -> dict[str, Any]:
         "parts": dict(part.parts),
         "source": part.source,
     }
+
+
+def _int8_mib(found: vram.Fit) -> int:
+    """What speech takes at its peak in int8, where that is less than in what was chosen; else 0."""
+    if found.speech is None:
+        return 0
+    mix = found.mix
+    part = speech_footprint(mix.model, "int8", windows(mix.seconds, mix.engine))
+    return part.peak if part.peak < found.speech.peak else 0
 
 
 def units_of(found: vram.Fit, fallback: str = "") -> dict[str, dict[str, int]]:
@@ -278,7 +308,8 @@ def report(result: Mapping[str, Any]) -> list[str]:
     if result["unknown"]:
         lines.append(f"Not counted, because their size is not known: {', '.join(result['unknown'])}.")
     if result["status"] == "refused":
-        lines.append(f"This mix does not fit: it {result['verdict']}, and both are to stay loaded.")
+        stays = "" if settings["vram_policy"] in vram.TURNS else ", and both are to stay loaded"
+        lines.append(f"This mix does not fit: it {result['verdict']}{stays}.")
         lines += [f"Would fit ({near['need_mib']} MiB): {near['change']}" for near in result["nearest"]]
         if not result["nearest"]:
             lines.append("Nothing smaller that is known here would fit: a larger card, or one of the two.")

@@ -331,6 +331,18 @@ def test_auto_on_a_cpu() -> None:
     assert (plan["device"], plan["compute_type"], plan["notes"]) == ("cpu", "int8", [])
 
 
+def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
+    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "ollama_pinned": ""}
+    asked = request(engine="builtin", turns=turns, cards=[{"capability": "8.6"}])
+    card = Machine(nodes=GPU)
+    environment = _stt_plan.make_plan(asked, card.facts)["environment"]
+    assert environment["VOICEGATE_VRAM_POLICY"] == "yield"
+    assert environment["VOICEGATE_VRAM_NEED_MIB"] == "2500"
+    assert "VOICEGATE_OLLAMA_PINNED" not in environment
+    environment = _stt_plan.make_plan(asked, Machine().facts)["environment"]
+    assert not any("VRAM" in name for name in environment)
+
+
 GATEWAY = {"engine_port": 8001, "wyoming_port": 0, "settings": {}}
 
 
