@@ -286,20 +286,20 @@ def test_the_exporter_writes_what_the_module_finds(machine: Machine) -> None:
 
 def test_an_idle_model_is_unloaded_when_the_card_is_nearly_full(machine: Machine) -> None:
     machine.put("/opt/cards.txt", (standin.DRIVER + standin.card(0, memory="24564 451 24000")).encode())
-    machine.lab.sh("systemctl restart ollama; rm -f /var/lib/vram-exporter/state.json")
+    machine.lab.sh("systemctl stop ollama; rm -f /var/lib/vram-exporter/state.json")
+    machine.start()
     role = {"ansible.builtin.import_role": {"name": "sottovoce.stack.vram_exporter"}}
     on = {"vram_exporter_relieve": True, "vram_exporter_interval": 1}
-    journal = "journalctl --unit=vram-exporter --output=cat --no-pager --since={}"
+    journal = f"journalctl --unit=vram-exporter --output=cat --no-pager --since=@{int(time.time())}"
     text = "cat /var/lib/prometheus/node-exporter/sottovoce_vram.prom"
     metric = 'sottovoce_vram_evictions_total{unit="ollama",model="llama3.1:8b",reason="low-free"}'
 
     def told(words: str) -> None:
-        since = f"@{int(time.time())}"
         for _try in range(60):
-            if words in machine.lab.sh(journal.format(since)):
+            if words in machine.lab.sh(journal):
                 return
             time.sleep(0.5)
-        pytest.fail(f"not told: {words}\n{machine.lab.sh(journal.format(since))}")
+        pytest.fail(f"not told: {words}\n{machine.lab.sh(journal)}")
 
     # Somebody's request is under way, as a connection shows.
     hold = "import socket, time; s = socket.create_connection(('127.0.0.1', 8101)); time.sleep(3600)"
@@ -320,7 +320,8 @@ def test_an_idle_model_is_unloaded_when_the_card_is_nearly_full(machine: Machine
     # Loaded again, it is kept; what was counted stays.
     kept = machine.lab.play([role], **on, vram_exporter_keep_models=["llama3.1:8b"])
     assert kept.returncode == 0, kept.stdout
-    machine.lab.sh("systemctl restart ollama")
+    machine.lab.sh("systemctl stop ollama")
+    machine.start()
     told("llama3.1:8b is kept: nothing is unloaded")
     off = machine.lab.play([role], vram_exporter_interval=1)
     assert off.returncode == 0, off.stdout
