@@ -15,6 +15,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capabi
 ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
 STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
 CUDA_ENVIRONMENT = "/opt/stt-cuda"
+READY = "/usr/bin/python3 -I /opt/stt-ready.py --process=${MAINPID}"
 CUDA_PARTS = ("cublas", "cudnn", "cuda_nvrtc")
 SPEACHES_PYTHON = "3.12"
 BUILTIN_START = "{}/venv/bin/python -m voicegate serve"
@@ -344,6 +345,9 @@ def service(
             "HF_HUB_OFFLINE": "1",
         }
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
+        if device == "cuda":
+            turns = request.get("turns") or {}
+            environment |= {f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value}
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
         exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""
@@ -375,6 +379,10 @@ def service(
         "environment": environment | ({"SOTTOVOCE_ALIASES": _stt.stamp(aliases)} if aliases else {}),
         "exec_start": exec_start,
         "working_directory": working_directory,
+        # Ends when the model is loaded. voicegate loads it by itself.
+        "ready": " ".join(
+            [READY, *(["--load", model["id"]] if engine == "speaches" else []), f"http://{local}:{port}"]
+        ),
         "url": f"http://{local}:{port}",
         # What the status table shows. Speaches wants the key for it, which no unit file may hold.
         "details_url": f"http://{local}:{port}/health"

@@ -93,6 +93,10 @@ def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
     listening = incus("exec", "e2e-speech", "--", "ss", "-Htln")
     assert ":10300 " in listening
     assert stack.apply().changed == 0
+    infra.write_text(infra.read_text(encoding="utf-8").replace(", voice_gateway]", "]"), encoding="utf-8")
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\nstt_server_port: 8001\n")
+    stack.apply("--tags", "stt")
+    assert health("e2e-speech", 8001, "/health")["queue"]["limit"] == 16
 
 
 def test_everything_comes_back_after_a_restart_of_the_containers(stack: Stack) -> None:

@@ -96,6 +96,7 @@ def test_connected_machine_gets_speaches() -> None:
     assert "CUDAExecutionProvider" in environment["UNSTABLE_ORT_OPTS__EXCLUDE_PROVIDERS"]
     assert environment["HF_HOME"] == "/var/lib/speaches/hf"
     assert plan["working_directory"] == plan["release"]["path"]
+    assert plan["ready"].endswith(" --load deepdml/faster-whisper-large-v3-turbo-ct2 http://127.0.0.1:8000")
     # Settings that do nothing, or harm, are left out.
     assert not {"WHISPER__MODEL", "PRELOAD_MODELS", "API_KEY", "LD_LIBRARY_PATH"} & set(environment)
 
@@ -328,6 +329,18 @@ def test_what_apply_found_counts_before_the_driver() -> None:
 def test_auto_on_a_cpu() -> None:
     plan = _stt_plan.make_plan(request(engine="builtin", quantization="auto"), Machine().facts)
     assert (plan["device"], plan["compute_type"], plan["notes"]) == ("cpu", "int8", [])
+
+
+def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
+    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "ollama_pinned": ""}
+    asked = request(engine="builtin", turns=turns, cards=[{"capability": "8.6"}])
+    card = Machine(nodes=GPU)
+    environment = _stt_plan.make_plan(asked, card.facts)["environment"]
+    assert environment["VOICEGATE_VRAM_POLICY"] == "yield"
+    assert environment["VOICEGATE_VRAM_NEED_MIB"] == "2500"
+    assert "VOICEGATE_OLLAMA_PINNED" not in environment
+    environment = _stt_plan.make_plan(asked, Machine().facts)["environment"]
+    assert not any("VRAM" in name for name in environment)
 
 
 GATEWAY = {"engine_port": 8001, "wyoming_port": 0, "settings": {}}

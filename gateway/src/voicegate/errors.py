@@ -136,6 +136,15 @@ def engine_answer(detail: str) -> ApiError:
     )
 
 
+def vram_busy(models: list[str]) -> ApiError:
+    error = unavailable(
+        f"The card is taken by {', '.join(models)}, and only one may be on it at a time.",
+        "vram_busy",
+    )
+    error.headers["Retry-After"] = "10"
+    return error
+
+
 def only_english(model: str) -> ApiError:
     return invalid(f"The model '{model}' knows only English.", "language", "unsupported_language")
 

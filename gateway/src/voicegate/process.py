@@ -22,6 +22,7 @@ from voicegate import errors, wire
 from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segment, Source, Status
 from voicegate.errors import ApiError, ModelUnavailable
 from voicegate.logs import event, request_id
+from voicegate.peace import Peace
 from voicegate.settings import Settings
 from voicegate.worker import Job, Worker, stream
 
@@ -111,14 +112,29 @@ class ProcessEngine:
         self._active = 0
         self._failures = 0  # ends in a row without a transcription between them
         self._stopping = False
+        self.peace = Peace.of(settings)
         self.name = f"faster-whisper {importlib.metadata.version('faster-whisper')}"
 
     async def start(self) -> None:
-        await self._internal(self._load)
+        if self.peace is not None:
+            self.peace.watch(self)
+        try:
+            await self._internal(self._load)
+        except ApiError as error:
+            # No room on the card now. Whoever asks first tries again.
+            event("not_loaded_yet", level=logging.WARNING, code=error.code)
         self._rest()
+
+    def idle(self) -> bool:
+        return not self._active and not self._worker.running
+
+    def on_card(self) -> bool:
+        return self._process is not None
 
     async def stop(self) -> None:
         self._stopping = True
+        if self.peace is not None:
+            await self.peace.stop()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         processes, self._process = (self._process, self._loading), None
@@ -186,10 +202,11 @@ class ProcessEngine:
         if self._process is not None:
             return self._process
         self._state = "loading" if self._capabilities is None else "reloading"
+        settings = await self._make_room()
         process = self._loading = await Process.spawn()
         event("engine_started", pid=process.pid)
         try:
-            process.send(wire.pack("load", wire.settings_to(self._settings), folder=str(self._folder)))
+            process.send(wire.pack("load", wire.settings_to(settings), folder=str(self._folder)))
             answer = await process.receive()
         except Ended:
             code = await process.wait()
@@ -212,6 +229,16 @@ class ProcessEngine:
         self._error = None
         self._spawn_task(self._note_end(process))
         return process
+
+    async def _make_room(self) -> Settings:
+        """With what to load: as configured, or smaller where the card has no room and that is allowed."""
+        if self.peace is None:
+            return self._settings
+        try:
+            return await self.peace.before_load()
+        except ApiError:
+            self._state = "unloaded"
+            raise
 
     async def _unload(self) -> None:
         if self._active or self._process is None:

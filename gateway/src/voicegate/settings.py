@@ -13,6 +13,7 @@ from typing import Any
 
 from voicegate import languages, models
 from voicegate.errors import ModelUnavailable, SettingsError
+from voicegate.fallback import fallbacks
 
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_TYPES = (
@@ -26,6 +27,7 @@ COMPUTE_TYPES = (
     "bfloat16",
     "float32",
 )
+POLICIES = ("resident", "yield", "exclusive")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
 # Read from <name>_file or the environment.
@@ -64,6 +66,22 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    vram_policy: str = _setting(
+        "resident",
+        "resident stays loaded, yield and Ollama's idle models make room for each other, exclusive is alone",
+        choices=POLICIES,
+    )
+    vram_need_mib: int = _setting(
+        0, "VRAM the loaded model needs at its peak, in MiB (0: the card is not looked at)", low=0
+    )
+    vram_reserve_mib: int = _setting(0, "VRAM to leave free beside it, in MiB", low=0)
+    vram_wait: int = _setting(30, "seconds to wait for VRAM before a fallback is taken", low=0)
+    vram_fallback: str = _setting(
+        "", "what may be loaded where the model finds no room, such as int8=1500,cpu (default: nothing)"
+    )
+    ollama_url: str = _setting("", "Ollama that shares the card, such as http://127.0.0.1:11434")
+    ollama_pinned: str = _setting("", "models of Ollama that are never asked to go, with commas")
+    ollama_reload: bool = _setting(False, "load again what went for the speech model, when that has gone")
     wyoming_port: int = _setting(
         -1, "port for the Wyoming protocol of home automation (-1: off, 0: any free one)", low=-1, high=65535
     )
@@ -170,8 +188,15 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             problems.append(
                 f"{PREFIX + name.upper()}: a key is one line of plain ASCII; it travels in an HTTP header"
             )
-    if settings.upstream and not _URL.match(settings.upstream):
-        problems.append(f"--upstream: {settings.upstream!r} is no URL such as http://127.0.0.1:8001")
+    for name in ("upstream", "ollama_url"):
+        if (url := getattr(settings, name)) and not _URL.match(url):
+            problems.append(f"{_flag(name)}: {url!r} is no URL such as http://127.0.0.1:8001")
+    try:
+        fallbacks(settings.vram_fallback)
+    except ValueError as error:
+        problems.append(f"--vram-fallback: {error}")
+    if settings.vram_policy == "exclusive" and settings.ttl < 0:
+        changes["ttl"] = 0  # who is alone on the card goes when idle
     return dataclasses.replace(settings, **changes), problems
 
 
