@@ -51,7 +51,13 @@ class Loaded:
 class Ollama:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._client = httpx2.AsyncClient(base_url=self.url, timeout=ASK_TIMEOUT, trust_env=False)
+        # No connection stays open: whoever looks for work at Ollama's port would take it for some.
+        self._client = httpx2.AsyncClient(
+            base_url=self.url,
+            timeout=ASK_TIMEOUT,
+            limits=httpx2.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
 
     async def close(self) -> None:
         await self._client.aclose()
