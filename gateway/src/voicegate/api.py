@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from voicegate import __version__, errors, formats
+from voicegate import __version__, errors, formats, jobs_api
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -23,6 +23,7 @@ from voicegate.http import (
     unless_disconnected,
     with_pauses,
 )
+from voicegate.jobs import Jobs
 from voicegate.logs import event
 from voicegate.models import ModelName
 from voicegate.settings import Settings
@@ -30,7 +31,7 @@ from voicegate.transcription import Asked, answer, parse, parse_subtitles
 from voicegate.uploads import Form, read_form
 
 
-def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
+def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs | None = None) -> ASGIApp:
     started = int(time.time())
     app = FastAPI(title="voicegate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -106,6 +107,7 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
+    jobs_api.add_routes(app, settings, model, jobs)
     add_error_handlers(app)
     return Gate(app, settings.api_key)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voicegate import languages, models
+from voicegate import languages, models, webhook_rules
 from voicegate.errors import ModelUnavailable, SettingsError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,6 +60,23 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    data_dir: str = _setting(
+        "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
+    )
+    job_limit: int = _setting(1000, "jobs that may wait or run; more get status 429", low=1)
+    job_retention_hours: int = _setting(
+        168, "how long finished jobs are kept (0: until the quota needs the room)", low=0
+    )
+    job_quota_mib: int = _setting(
+        4096, "audio of unfinished and results of finished jobs, in MiB; the oldest finished go first", low=1
+    )
+    webhook_secret_file: str = _setting(
+        "", "file with the secret that signs webhooks, whsec_BASE64 (default: no webhooks)"
+    )
+    webhook_allow: str = _setting(
+        "",
+        "networks and host names that webhooks may call although they are loopback, link-local or metadata",
+    )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
@@ -145,6 +162,15 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             changes["language"] = code
     if settings.upload_dir and not os.access(settings.upload_dir, os.W_OK | os.X_OK):
         problems.append(f"--upload-dir: cannot write to {settings.upload_dir}")
+    if settings.webhook_secret_file:
+        try:
+            webhook_rules.secrets_from(Path(settings.webhook_secret_file).read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            problems.append(f"--webhook-secret-file: {error}")
+    try:
+        webhook_rules.Allowed.parse(settings.webhook_allow)
+    except ValueError as error:
+        problems.append(f"--webhook-allow: {error}")
     if settings.api_key_file:
         try:
             key = Path(settings.api_key_file).read_text(encoding="utf-8").strip()
