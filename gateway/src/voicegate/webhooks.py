@@ -175,7 +175,7 @@ class Webhooks:
         return status, "redirects are not followed" if 300 <= status < 400 else "not accepted"
 
     async def _post(self, delivery: Delivery, timestamp: int) -> int:
-        if self._tls is None:
+        if self._tls is None and delivery.url.startswith("https:"):
             self._tls = await asyncio.to_thread(httpcore2.default_ssl_context)
         headers: dict[bytes | str, bytes | str] = {
             "content-type": "application/json",
