@@ -222,6 +222,42 @@ def test_every_commit_is_synchronised(store: Store) -> None:
     assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
+def test_audio_is_synchronised_before_its_job_is_stored(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, insert = os.fsync, store.insert
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def watched_insert(*args: Any, **kwargs: Any) -> None:
+        calls.append("insert")
+        insert(*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(store, "insert", watched_insert)
+    id = add(store, 1.0)
+    assert calls == [id, "audio", "insert"]
+
+
+def test_a_commit_that_fails_leaves_no_transaction_behind(store: Store) -> None:
+    """As on a full disk: the next one finds the database as it was."""
+    id = add(store, 1.0)
+    [[pages]] = store._database.execute("PRAGMA page_count").fetchall()
+    store._database.execute(f"PRAGMA max_page_count = {pages}")
+    record = store.start_next(2.0)
+    assert record is not None
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        store.finish(record, "done", now=3.0, quota=MIB, segments=[{"text": "x" * 100_000}])
+    found = store.get(id)
+    assert found is not None
+    assert found.status == "running"
+    store._database.execute("PRAGMA max_page_count = 100000")
+    assert store.finish(record, "done", now=3.0, quota=MIB, segments=[{"text": "x" * 100_000}])
+
+
 # -- files that cannot be used
 
 
@@ -287,7 +323,9 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         (errors.load_failed(), 99, "wait"),
         (errors.queue_full(1, 1), 99, "wait"),
         (errors.unavailable("The server is shutting down.", "shutting_down"), 0, "wait"),
-        (ApiError(502, "the engine's address does not answer"), 99, "wait"),
+        (ApiError(503, "the engine's address does not answer", code="engine_unreachable"), 99, "wait"),
+        (ApiError(504, "the engine did not answer in time", code="engine_timeout"), 1, "again"),
+        (ApiError(504, "the engine did not answer in time", code="engine_timeout"), 2, "fail"),
     ],
 )
 def test_what_becomes_of_a_job(error: ApiError, failures: int, decision: str) -> None:

@@ -46,8 +46,15 @@ PAUSES = (1.0, 5.0, 30.0)  # seconds before something is tried again
 # A job goes before those accepted up to so many seconds earlier: an order in which nothing starves.
 PRIORITIES = {"high": 3600.0, "normal": 0.0, "low": -3600.0}
 SWEEP = 60.0  # seconds between looks for jobs that were kept long enough
-# The audio may be the reason: what kills the engine once may do so every time.
-_MAY_BE_THE_JOB = ("engine_down", "out_of_memory", "internal_error")
+# What no other audio would change. Any other failure of the engine may be the job's own, and comes to an end.
+_NOT_THE_JOB = (
+    "model_load_failed",
+    "shutting_down",
+    "vram_busy",
+    "engine_unreachable",
+    "engine_key",
+    "engine_model_missing",
+)
 
 
 @dataclass
@@ -150,11 +157,9 @@ def decide(error: ApiError, failures: int) -> Decision:
 
     fail: the error is its end. again: later, and it counts. wait: it has nothing to do with the job.
     """
-    if error.code in _MAY_BE_THE_JOB:
-        return "fail" if failures + 1 >= ATTEMPTS else "again"
-    if error.status >= 500 or error.status in (408, 429):
+    if error.status in (408, 429) or error.code in _NOT_THE_JOB:
         return "wait"
-    return "fail"
+    return "again" if error.status >= 500 and failures + 1 < ATTEMPTS else "fail"
 
 
 class Jobs:
@@ -263,10 +268,10 @@ class Jobs:
     ) -> tuple[str, bool]:
         """The id of the job, which is stored when this returns; and whether the key had brought it before."""
         request = {**_request(asked), "priority": priority}
+        with self._refusals():
+            source = os.dup(asked.upload.descriptor())
         # Shielded: a copy that has begun must not lose its lock, or its file, to a request that is dropped.
-        return await asyncio.shield(
-            self._accept(request, os.dup(asked.upload.descriptor()), size, webhook_url, key)
-        )
+        return await asyncio.shield(self._accept(request, source, size, webhook_url, key))
 
     async def _accept(
         self, request: dict[str, Any], source: int, size: int, webhook_url: str | None, key: str | None
@@ -452,15 +457,16 @@ class Jobs:
         info = None if live.info is None else dataclasses.asdict(live.info)
         body = None if error is None else error.body()["error"]
         ended = replace(live.record, status=status, finished=now, info=info, error=body)
-        if not await self._until_stored(
+        stored = await self._until_stored(
             self._store.finish, live.record, status, now=now, quota=self._quota, info=info, error=body,
             segments=live.segments if error is None else [], message=_message(ended),
-        ):  # fmt: skip
+        )  # fmt: skip
+        self.webhooks.wake.set()
+        if not stored:  # cancelled in the last moment
             return
         seconds = now - (live.record.started or now)
         self._mean_seconds += (seconds - self._mean_seconds) / 4
         event("job_ended", status=status, seconds=seconds, segments=len(live.segments))
-        self.webhooks.wake.set()
 
     async def _sweep(self) -> None:
         while True:
