@@ -178,6 +178,7 @@ class OllamaStandIn:
         self.models: dict[str, dict[str, Any]] = {}
         self.sizes: dict[str, int] = {}
         self.log: list[str] = []
+        self.embedders: set[str] = set()
         self.speech: Callable[[], int] = lambda: 0  # MiB the speech model holds
         self._lock = threading.RLock()
         owner = self
@@ -190,15 +191,18 @@ class OllamaStandIn:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                if body["model"] in owner.embedders and self.path != "/api/embed" and body["keep_alive"]:
+                    self._answer({"error": "does not support generate"}, 400)
+                    return
                 if body["keep_alive"] == 0:
                     owner.let_go(body["model"])
                 else:
                     owner.load(body["model"], keep=float(body["keep_alive"]))
                 self._answer({"done": True})
 
-            def _answer(self, body: Any) -> None:
+            def _answer(self, body: Any, status: int = 200) -> None:
                 data = json.dumps(body).encode()
-                self.send_response(200)
+                self.send_response(status)
                 self.send_header("content-length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -449,6 +453,7 @@ def make(url: str, free: Callable[[], int], **settings: Any) -> Peace:
 
 def test_what_went_comes_back_when_asked(ollama: OllamaStandIn) -> None:
     async def run() -> None:
+        ollama.embedders = {"llm"}  # and one that only embeds is loaded in another way
         ollama.load("llm", 11_000, keep=600)
         it = make(ollama.url, lambda: ollama.TOTAL - ollama.used, ollama_reload=True)
         await it.before_load()

@@ -160,7 +160,7 @@ def test_locate_names_what_is_absent(tmp_path: Path) -> None:
 
 def test_settings_order(tmp_path: Path) -> None:
     key = tmp_path / "key"
-    key.write_text("secret\n")
+    key.write_text("sesame\n")
     environ = {
         "VOICEGATE_PORT": "9",
         "VOICEGATE_TTL": "0",
@@ -170,9 +170,9 @@ def test_settings_order(tmp_path: Path) -> None:
         "VOICEGATE_DEVICE": "CPU",
     }
     settings = Settings.load({"model": "tiny", "port": "10", "api_key_file": str(key)}, environ)
-    assert (settings.port, settings.ttl, settings.vad, settings.api_key) == (10, 0, False, "secret")
+    assert (settings.port, settings.ttl, settings.vad, settings.api_key) == (10, 0, False, "sesame")
     assert (settings.language, settings.device, settings.queue_limit) == ("de", "cpu", 16)
-    assert "secret" not in repr(settings)
+    assert "sesame" not in repr(settings)
     assert Settings.load({}, {}).model == "large-v3-turbo"
     assert Settings.load({"language": "auto"}, {}).language == ""
 
@@ -448,6 +448,6 @@ def test_what_goes_over_the_wire_comes_back() -> None:
     assert (error.body(), error.status, error.headers) == (
         errors.queue_full(3, 7).body(), 429, {"Retry-After": "7"},
     )  # fmt: skip
-    settings = Settings.load({"model": "tiny", "port": "9"}, {"VOICEGATE_API_KEY": "secret"})
-    assert b"secret" not in wire.pack("load", wire.settings_to(settings))
+    settings = Settings.load({"model": "tiny", "port": "9"}, {"VOICEGATE_API_KEY": "sesame"})
+    assert b"sesame" not in wire.pack("load", wire.settings_to(settings))
     assert wire.settings_from(wire.settings_to(settings)) == dataclasses.replace(settings, api_key="")

@@ -159,6 +159,8 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
     """Return the unit of role voice_gateway: voicegate in front of the engine, or with the engine in it."""
     settings = request["gateway"]
     environment = {f"VOICEGATE_{name.upper()}": str(value) for name, value in settings["settings"].items()}
+    # The unit's state folder is its user's; jobs survive a new version in it.
+    environment["VOICEGATE_DATA_DIR"] = f"{STATES['builtin']}/jobs"
     if settings["wyoming_port"]:
         environment["VOICEGATE_WYOMING_PORT"] = str(settings["wyoming_port"])
     if plan["engine"] == "builtin":

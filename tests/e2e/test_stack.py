@@ -6,9 +6,10 @@ The tests go through one life of it, in this order.
 
 from __future__ import annotations
 
+import json
 import re
 
-from e2e import OCTET, Stack, health, incus, unit, wait_for
+from e2e import OCTET, ROOT, Stack, health, incus, unit, wait_for
 
 SENTENCE = "What is the temperature in the kitchen?"
 
@@ -90,6 +91,12 @@ def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
     stack.apply("--tags", "stt")
     told = health("e2e-speech", 8001, "/health")
     assert (told["status"], told["queue"]["limit"], told["compute_type"]) == ("ok", 5, "float32")
+    incus("file", "push", str(ROOT / "demo/clips/D000.wav"), "e2e-speech/root/speech.wav")
+    handed_in = ["curl", "-sS", "-F", "audio=@/root/speech.wav", "http://127.0.0.1:8001/jobs"]
+    made = incus("exec", "e2e-speech", "--", *handed_in)
+    job = f"/jobs/{json.loads(made)['id']}"
+    wait_for(30, lambda: health("e2e-speech", 8001, job)["status"] == "done")
+    assert health("e2e-speech", 8001, f"{job}/result?format=json")["text"] == "Turn on the heater."
     listening = incus("exec", "e2e-speech", "--", "ss", "-Htln")
     assert ":10300 " in listening
     assert stack.apply().changed == 0

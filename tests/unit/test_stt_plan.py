@@ -380,7 +380,11 @@ def test_the_builtin_engine_is_in_the_gateway() -> None:
     assert plan["stop"] == ["speaches"]
     front = plan["gateway"]
     assert front["unit"] == "voicegate"
-    assert front["environment"] == {**plan["environment"], "VOICEGATE_WYOMING_PORT": "10300"}
+    assert front["environment"] == {
+        **plan["environment"],
+        "VOICEGATE_WYOMING_PORT": "10300",
+        "VOICEGATE_DATA_DIR": "/var/lib/voicegate/jobs",
+    }
     assert front["url"] == "http://127.0.0.1:8000"
 
 

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from voicegate import __version__, errors, formats
+from voicegate import __version__, errors, formats, jobs_api
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -23,6 +23,7 @@ from voicegate.http import (
     unless_disconnected,
     with_pauses,
 )
+from voicegate.jobs import Jobs
 from voicegate.logs import event
 from voicegate.models import ModelName
 from voicegate.proxy import METHODS, Proxy
@@ -34,7 +35,7 @@ from voicegate.uploads import Form, read_form
 PASSED_ON = ("/v1/{path:path}", "/api/{path:path}")
 
 
-def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
+def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs | None = None) -> ASGIApp:
     started = int(time.time())
     app = FastAPI(title="voicegate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -108,6 +109,7 @@ def create_app(settings: Settings, model: ModelName, engine: Engine) -> ASGIApp:
     app.add_api_route("/v1/audio/translations", translations, methods=["POST"])
     app.add_api_route("/v1/audio/subtitles", captions, methods=["POST"])
     app.add_api_route("/health", health, methods=["GET"])
+    jobs_api.add_routes(app, settings, model, jobs)
     if settings.upstream:
         proxy = Proxy(settings)
         for path in PASSED_ON:

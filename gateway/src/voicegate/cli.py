@@ -118,10 +118,17 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
     import uvicorn
 
     from voicegate.api import create_app
+    from voicegate.jobs import Jobs
+    from voicegate.store import StoreError
 
     engine = make_engine(settings, folder)
+    try:
+        jobs = await Jobs.open(settings, engine) if settings.data_dir else None
+    except StoreError as error:
+        print(f"voicegate: --data-dir: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
     config = uvicorn.Config(
-        create_app(settings, model, engine),
+        create_app(settings, model, engine, jobs),
         host=settings.host,
         port=settings.port,
         http="h11",
@@ -154,15 +161,24 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
                 version=__version__,
             )
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if jobs is not None:
+                jobs.end_streams()  # else it waits for clients that wait for a job
+            await super().shutdown(sockets)
+
     server = Server(config)
     try:
         sockets = [config.bind_socket()]
     except SystemExit:  # uvicorn has logged the reason, but not the address
         logs.event("cannot_listen", level=logging.ERROR, host=settings.host, port=settings.port)
+        if jobs is not None:
+            await jobs.stop()
         await engine.stop()
         return EXIT_FAILED
     wyoming = await start_wyoming(settings, model, engine)
     if settings.wyoming_port >= 0 and wyoming is None:
+        if jobs is not None:
+            await jobs.stop()
         await engine.stop()
         return EXIT_FAILED
     failure: list[str] = []
@@ -177,12 +193,16 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
             server.should_exit = True
 
     loading = asyncio.create_task(load())
+    if jobs is not None:
+        jobs.start()
     try:
         await server.serve(sockets)
     finally:
         loading.cancel()
         if wyoming is not None:
             await wyoming.stop()
+        if jobs is not None:
+            await jobs.stop()
         await engine.stop()
         for item in sockets:
             item.close()

@@ -41,7 +41,10 @@ class Channel:
     def listen(self) -> None:
         pending = bytearray()
         while True:
-            data, files, _flags, _address = socket.recv_fds(self._connection, 65536, 4)
+            try:
+                data, files, _flags, _address = socket.recv_fds(self._connection, 65536, 4)
+            except ConnectionError:  # killed before it had read everything
+                os._exit(0)
             if not data:  # the server is gone: nothing here is of use to anybody
                 os._exit(0)
             self.files.extend(files)

@@ -96,6 +96,12 @@ def queue_full(limit: int, retry_after: int) -> ApiError:
     )
 
 
+def no_space(what: str, reason: object) -> ApiError:
+    return ApiError(
+        507, f"The server could not store the {what}: {reason}.", type="server_error", code="no_space"
+    )
+
+
 def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, type="server_error", code=code)
 

@@ -20,7 +20,11 @@ _FRACTION = re.compile(r"\.(\d{6})\d*")
 
 
 class OllamaError(Exception):
-    """It is not there, or its answer cannot be used. The message says what was asked."""
+    """It is not there, or its answer cannot be used. The message says what was asked; `status` is HTTP's."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,23 @@ class Ollama:
         """Load it, for as long as it would have stayed."""
         keep = -1 if math.isinf(remaining) else max(1, round(remaining))
         body = {"model": name, "keep_alive": keep, "stream": False}
-        await self._ask("POST", "/api/generate", body, timeout=LOAD_TIMEOUT)
+        try:
+            await self._ask("POST", "/api/generate", body, timeout=LOAD_TIMEOUT)
+        except OllamaError as error:
+            if error.status != 400:
+                raise
+            # A model that only makes embeddings cannot generate.
+            body = {"model": name, "keep_alive": keep, "input": []}
+            await self._ask("POST", "/api/embed", body, timeout=LOAD_TIMEOUT)
 
     async def _ask(self, method: str, path: str, body: Any = None, timeout: float = ASK_TIMEOUT) -> Any:
         try:
             response = await self._client.request(method, path, json=body, timeout=timeout)
             response.raise_for_status()
             answer = response.json()
+        except httpx2.HTTPStatusError as error:
+            status = error.response.status_code
+            raise OllamaError(f"{self.url}{path}: status {status}", status) from error
         except (httpx2.HTTPError, ValueError) as error:
             raise OllamaError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if not isinstance(answer, dict):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voicegate import languages, models
+from voicegate import languages, models, webhook_rules
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.fallback import fallbacks
 
@@ -31,7 +31,8 @@ POLICIES = ("resident", "yield", "exclusive")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
 # Read from <name>_file or the environment.
-SECRETS = ("api_key", "upstream_api_key")
+SECRETS = ("api_key", "upstream_api_key", "webhook_secret")
+HEADER_SECRETS = ("api_key", "upstream_api_key")
 _URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
 
 
@@ -91,6 +92,23 @@ class Settings:
     upstream_model: str = _setting("", "what that server calls the model [--model]")
     upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
     upstream_api_key_file: str = _setting("", "file with the key that server wants")
+    data_dir: str = _setting(
+        "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
+    )
+    job_limit: int = _setting(1000, "jobs that may wait or run; more get status 429", low=1)
+    job_retention_hours: int = _setting(
+        168, "how long finished jobs are kept (0: until the quota needs the room)", low=0
+    )
+    job_quota_mib: int = _setting(
+        4096, "audio of unfinished and results of finished jobs, in MiB; the oldest finished go first", low=1
+    )
+    webhook_secret_file: str = _setting(
+        "", "file with the secret that signs webhooks, whsec_BASE64 (default: no webhooks)"
+    )
+    webhook_allow: str = _setting(
+        "",
+        "networks and host names that webhooks may call although they are loopback, link-local or metadata",
+    )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
@@ -98,6 +116,7 @@ class Settings:
     # No options: a key on a command line is in every process list.
     api_key: str = field(default="", repr=False)
     upstream_api_key: str = field(default="", repr=False)
+    webhook_secret: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, given: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
@@ -177,7 +196,18 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             changes["language"] = code
     if settings.upload_dir and not os.access(settings.upload_dir, os.W_OK | os.X_OK):
         problems.append(f"--upload-dir: cannot write to {settings.upload_dir}")
-    for name in SECRETS:
+    if settings.webhook_secret_file or settings.webhook_secret:
+        where = "--webhook-secret-file" if settings.webhook_secret_file else f"{PREFIX}WEBHOOK_SECRET"
+        try:
+            text = settings.webhook_secret
+            if settings.webhook_secret_file:
+                text = Path(settings.webhook_secret_file).read_text(encoding="ascii")
+            webhook_rules.secrets_from(text)
+        except (OSError, ValueError) as error:
+            problems.append(f"{where}: {error}")
+        else:
+            changes["webhook_secret"] = text
+    for name in HEADER_SECRETS:
         if path := getattr(settings, f"{name}_file"):
             try:
                 changes[name] = Path(path).read_text(encoding="utf-8").strip()
@@ -197,6 +227,10 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
         problems.append(f"--vram-fallback: {error}")
     if settings.vram_policy == "exclusive" and settings.ttl < 0:
         changes["ttl"] = 0  # who is alone on the card goes when idle
+    try:
+        webhook_rules.Allowed.parse(settings.webhook_allow)
+    except ValueError as error:
+        problems.append(f"--webhook-allow: {error}")
     return dataclasses.replace(settings, **changes), problems
 
 
@@ -216,9 +250,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 _flag(item.name), dest=item.name, action="store_const", const="true", help=help
             )
-            group.add_argument(
-                f"--no-{item.name}", dest=item.name, action="store_const", const="false", help="the opposite"
-            )
+            no = _flag(f"no_{item.name}")
+            group.add_argument(no, dest=item.name, action="store_const", const="false", help="the opposite")
         else:
             parser.add_argument(
                 _flag(item.name),
