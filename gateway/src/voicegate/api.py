@@ -62,7 +62,9 @@ def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs 
         handed_over = False
         try:
             asked = read(form, task, model, settings)
-            items = engine.transcribe(asked.upload, asked.options)
+            items = engine.transcribe(
+                asked.upload, asked.options, client=request.client.host if request.client else ""
+            )
             if asked.stream:
                 response = await _stream(request, items, form)
                 handed_over = True

@@ -16,7 +16,7 @@ from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segme
 from voicegate.errors import ApiError
 from voicegate.logs import event, request_id
 from voicegate.settings import Settings
-from voicegate.worker import Job, Worker, stream
+from voicegate.worker import Job, OneStep, Worker, stream
 
 CONNECT_TIMEOUT = 5.0  # seconds
 PROBE_TIMEOUT = 5.0
@@ -85,12 +85,12 @@ class UpstreamEngine:
         self._worker.check_room()
 
     async def transcribe(
-        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE
+        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE, client: str = ""
     ) -> AsyncGenerator[Info | Segment, None]:
-        async def run(job: Job[Info | Segment]) -> None:
-            await self._transcribe(job, source, options)
+        def make(job: Job[Info | Segment]) -> OneStep:
+            return OneStep(lambda: self._transcribe(job, source, options))
 
-        async with contextlib.aclosing(stream(self._worker, run, rank)) as items:
+        async with contextlib.aclosing(stream(self._worker, make, rank, client)) as items:
             async for item in items:
                 yield item
 

@@ -1,7 +1,8 @@
 """What the server and its engine's process say to each other: one JSON object a line over a Unix socket.
 
-To the engine: `load`, then any number of `transcribe` (each brings the audio as an open file) and `cancel`.
-From it: `loaded` or `failed`; for each `transcribe` one `info`, its `segment`s and one `end` or `error`.
+To the engine: `load`, then any number of `transcribe` (each brings the audio as an open file), `step` and
+`cancel`, with the transcription's number. From it: `loaded` or `failed`; for each `transcribe` one `info`
+once it is prepared; for each `step` one `segment` or `end`; an `error` in place of any of these.
 JSON and not pickle: the other side works on what strangers uploaded.
 """
 

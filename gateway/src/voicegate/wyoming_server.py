@@ -112,6 +112,7 @@ class Conversation:
         self._model = model
         self._engine = engine
         self._writer = writer
+        self._peer = str((writer.get_extra_info("peername") or ("",))[0])
         self._asked = asr.Transcribe()
         self._format: audio.AudioStart | None = None
         self._upload: Upload | None = None
@@ -168,7 +169,9 @@ class Conversation:
         started = time.perf_counter()
         segments: list[Segment] = []
         found: Info | None = None
-        async with contextlib.aclosing(self._engine.transcribe(self._upload, options)) as items:
+        async with contextlib.aclosing(
+            self._engine.transcribe(self._upload, options, client=self._peer)
+        ) as items:
             async for item in items:
                 if isinstance(item, Info):
                     found = item
