@@ -43,8 +43,10 @@ async def talk(server: Server, *said: event.Eventable, until: type[event.Eventab
     """What the server answers, up to and with the first of that kind (or the end)."""
     heard: list[event.Event] = []
     async with asyncio.timeout(20), AsyncTcpClient("127.0.0.1", port_of(server)) as client:
-        for one in said:
-            await client.write_event(one.event())
+        # A server that has refused hears no more; what it said is still to be read.
+        with contextlib.suppress(ConnectionError):
+            for one in said:
+                await client.write_event(one.event())
         while (received := await client.read_event()) is not None:
             heard.append(received)
             if until.is_type(received.type):
@@ -154,7 +156,7 @@ def test_nonsense_ends_only_its_own_connection(home: Server, raw: bytes) -> None
     # A server that hangs up before it has read everything resets the connection.
     with (
         socket.create_connection(("127.0.0.1", port_of(home)), timeout=10) as connection,
-        contextlib.suppress(ConnectionResetError, BrokenPipeError),
+        contextlib.suppress(OSError),
     ):
         connection.sendall(raw)
         connection.shutdown(socket.SHUT_WR)
