@@ -27,6 +27,7 @@ from voicegate.uploads import Upload
 
 CONNECTIONS = 64
 IDLE = 60.0  # seconds without an event
+LINGER = 2.0  # seconds for a client that was refused to take notice
 EVENT_LIMIT = 1024 * 1024  # bytes of an event's data or audio; satellites send a few KiB
 HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 
@@ -86,14 +87,12 @@ class Wyoming:
                 await talk.take(received)
         except ApiError as failure:
             log("wyoming_refused", code=failure.code, status=failure.status)
-            with contextlib.suppress(OSError):
-                await talk.send(error.Error(failure.message, failure.code))
+            await refuse(talk, reader, error.Error(failure.message, failure.code))
         except (TimeoutError, OSError, EOFError):
             return  # it went away, or stopped talking
         except (AttributeError, KeyError, TypeError, ValueError) as failure:  # no event of the protocol
             log("wyoming_refused", code="bad_event", error=type(failure).__name__)
-            with contextlib.suppress(OSError):
-                await talk.send(error.Error("That is no event of the Wyoming protocol.", "bad_event"))
+            await refuse(talk, reader, error.Error("That is no event of the Wyoming protocol.", "bad_event"))
         except Exception:
             logger.exception("wyoming_failed")
         finally:
@@ -134,6 +133,10 @@ class Conversation:
 
     async def send(self, answer: event.Eventable) -> None:
         await event.async_write_event(answer.event(), self._writer)
+
+    def hang_up(self) -> None:
+        """Nothing more will be said."""
+        self._writer.write_eof()
 
     def close(self) -> None:
         if self._upload is not None:
@@ -224,6 +227,16 @@ class Conversation:
             supports_transcript_streaming=True,
         )
         return info.Info(asr=[program])
+
+
+async def refuse(talk: Conversation, reader: asyncio.StreamReader, answer: error.Error) -> None:
+    """Say it, and hear out what is under way: hanging up on it would take the answer from the client."""
+    with contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(LINGER):
+            await talk.send(answer)
+            talk.hang_up()
+            while await reader.read(65536):
+                pass
 
 
 def wav_header(form: audio.AudioStart, size: int) -> bytes:
