@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ CLIP = CLIPS / "D009.wav"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 
-def test_whatever_is_asked_the_answer_is_as_described(server: Server, tmp_path: Path) -> None:
+def test_whatever_is_asked_the_answer_is_as_described(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve("--data-dir", str(tmp_path / "jobs"))
     command = Path(sys.executable).with_name("schemathesis")
     run = subprocess.run(
         [

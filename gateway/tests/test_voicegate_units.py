@@ -160,7 +160,7 @@ def test_locate_names_what_is_absent(tmp_path: Path) -> None:
 
 def test_settings_order(tmp_path: Path) -> None:
     key = tmp_path / "key"
-    key.write_text("secret\n")
+    key.write_text("sesame\n")
     environ = {
         "VOICEGATE_PORT": "9",
         "VOICEGATE_TTL": "0",
@@ -170,9 +170,9 @@ def test_settings_order(tmp_path: Path) -> None:
         "VOICEGATE_DEVICE": "CPU",
     }
     settings = Settings.load({"model": "tiny", "port": "10", "api_key_file": str(key)}, environ)
-    assert (settings.port, settings.ttl, settings.vad, settings.api_key) == (10, 0, False, "secret")
+    assert (settings.port, settings.ttl, settings.vad, settings.api_key) == (10, 0, False, "sesame")
     assert (settings.language, settings.device, settings.queue_limit) == ("de", "cpu", 16)
-    assert "secret" not in repr(settings)
+    assert "sesame" not in repr(settings)
     assert Settings.load({}, {}).model == "large-v3-turbo"
     assert Settings.load({"language": "auto"}, {}).language == ""
 
@@ -332,25 +332,51 @@ def test_bad_forms(body: bytes, content_type: str, status: int, message: str) ->
 # -- the queue
 
 
+class Piece:
+    """Work of given steps; `run` is awaited at each and may emit."""
+
+    def __init__(self, run: Callable[[], Awaitable[None]], steps: int = 1) -> None:
+        self._run = run
+        self._left = steps
+        self.closed = 0
+
+    async def prepare(self) -> None: ...
+
+    async def step(self) -> bool:
+        await self._run()
+        self._left -= 1
+        return self._left > 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+async def _turns(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 def test_worker_order_limit_and_cancel() -> None:
     async def scenario() -> None:
         worker = Worker(limit=1)
         release = asyncio.Event()
         done: list[str] = []
 
-        def say(word: str) -> Callable[[Job[str]], Awaitable[None]]:
-            async def run(job: Job[str]) -> None:
-                if word == "slow":
-                    await release.wait()
-                done.append(word)
-                job.emit(word)
+        def say(word: str) -> Callable[[Job[str]], Piece]:
+            def make(job: Job[str]) -> Piece:
+                async def run() -> None:
+                    if word == "slow":
+                        await release.wait()
+                    done.append(word)
+                    job.emit(word)
 
-            return run
+                return Piece(run)
+
+            return make
 
         first = stream(worker, say("slow"))
         pending = asyncio.ensure_future(anext(first))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await _turns()
         stored = worker.submit(say("stored"), Rank.JOB)
         second = worker.submit(say("second"))
         assert (worker.running, worker.waiting) == (1, 1)
@@ -361,15 +387,19 @@ def test_worker_order_limit_and_cancel() -> None:
         with pytest.raises(ApiError):
             worker.check_room()
         worker.cancel(second)  # it never runs, and makes room
+        await _turns()
         third = worker.submit(say("third"))
+        live = worker.submit(say("live"), Rank.LIVE)  # has a limit of its own
         own = worker.submit(say("own"), Rank.SERVER)
+        await _turns()
         release.set()
         assert await pending == "slow"
         assert await stored.next() == "stored"
+        assert await live.next() == "live"
         assert await third.next() == "third"
         assert await third.next() is None
         assert await own.next() == "own"
-        assert done == ["slow", "own", "third", "stored"]
+        assert done == ["slow", "own", "live", "third", "stored"]
         await worker.close()
         with pytest.raises(ApiError, match="shutting down"):
             worker.submit(say("late"))
@@ -381,17 +411,23 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
     async def scenario() -> None:
         worker = Worker(limit=2)
 
-        async def broken(job: Job[int]) -> None:
-            job.emit(1)
-            raise ValueError("no")
+        def broken(job: Job[int]) -> Piece:
+            async def run() -> None:
+                job.emit(1)
+                raise ValueError("no")
+
+            return Piece(run)
 
         items = stream(worker, broken)
         assert await anext(items) == 1
         with pytest.raises(ValueError, match="no"):
             await anext(items)
 
-        async def whole(job: Job[int]) -> None:
-            job.emit(2)
+        def whole(job: Job[int]) -> Piece:
+            async def run() -> None:
+                job.emit(2)
+
+            return Piece(run)
 
         assert [item async for item in stream(worker, whole)] == [2]
         await worker.close()
@@ -399,21 +435,40 @@ def test_worker_hands_errors_over_and_goes_on() -> None:
     asyncio.run(scenario())
 
 
-def test_closing_the_stream_cancels_the_job() -> None:
+def test_closing_the_stream_ends_the_work_after_its_step() -> None:
     async def scenario() -> None:
         worker = Worker(limit=2)
-        ended = asyncio.Event()
+        pieces: list[Piece] = []
 
-        async def endless(job: Job[int]) -> None:
-            job.emit(1)
-            await job.cancelled.wait()
-            ended.set()
+        def endless(job: Job[int]) -> Piece:
+            async def run() -> None:
+                job.emit(1)
+                await asyncio.sleep(0)
+
+            pieces.append(Piece(run, 1 << 60))
+            return pieces[-1]
 
         items = stream(worker, endless)
         assert await anext(items) == 1
         await items.aclose()
-        await asyncio.wait_for(ended.wait(), 5)
+        await _turns(10)
+        assert pieces[0].closed == 1
+        assert (worker.running, worker.waiting) == (0, 0)
         await worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_at_any_moment_nothing_is_left() -> None:
+    async def scenario() -> None:
+        for moment in range(6):
+            worker = Worker(limit=2)
+            job: Job[int] = worker.submit(lambda job: Piece(lambda: asyncio.sleep(0), 3))
+            await _turns(moment)
+            worker.cancel(job)
+            assert await asyncio.wait_for(job.next(), 5) is None
+            assert (worker.running, worker.waiting) == (0, 0)
+            await asyncio.wait_for(worker.close(), 5)
 
     asyncio.run(scenario())
 
@@ -422,11 +477,11 @@ def test_closing_the_worker_refuses_what_waits() -> None:
     async def scenario() -> None:
         worker = Worker(limit=2)
 
-        async def endless(job: Job[int]) -> None:
-            await job.cancelled.wait()
+        def endless(job: Job[int]) -> Piece:
+            return Piece(job.cancelled.wait, 2)  # type: ignore[arg-type]
 
         running, waiting = worker.submit(endless), worker.submit(endless)
-        await asyncio.sleep(0)
+        await _turns()
         await asyncio.wait_for(worker.close(), 5)
         assert await running.next() is None
         with pytest.raises(ApiError, match="shutting down"):
@@ -448,6 +503,6 @@ def test_what_goes_over_the_wire_comes_back() -> None:
     assert (error.body(), error.status, error.headers) == (
         errors.queue_full(3, 7).body(), 429, {"Retry-After": "7"},
     )  # fmt: skip
-    settings = Settings.load({"model": "tiny", "port": "9"}, {"VOICEGATE_API_KEY": "secret"})
-    assert b"secret" not in wire.pack("load", wire.settings_to(settings))
+    settings = Settings.load({"model": "tiny", "port": "9"}, {"VOICEGATE_API_KEY": "sesame"})
+    assert b"sesame" not in wire.pack("load", wire.settings_to(settings))
     assert wire.settings_from(wire.settings_to(settings)) == dataclasses.replace(settings, api_key="")

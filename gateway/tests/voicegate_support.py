@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import http.server
 import io
 import json
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -140,6 +142,56 @@ class Server:
             raise
         self._reader.join(5)
         return code
+
+
+@dataclass(frozen=True)
+class Call:
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+class Receiver:
+    """Takes webhooks on loopback and answers each call with the next of `answers`, then with 204.
+
+    An answer is a status, or a function that is given the handler and answers by itself.
+    """
+
+    def __init__(
+        self,
+        *answers: int | Callable[[http.server.BaseHTTPRequestHandler], None],
+        context: ssl.SSLContext | None = None,
+        address: str = "127.0.0.1",
+    ) -> None:
+        self.calls: list[Call] = []
+        left = list(answers)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(handler) -> None:
+                body = handler.rfile.read(int(handler.headers["content-length"]))
+                self.calls.append(Call(handler.path, _lower(handler.headers), body))
+                answer = left.pop(0) if left else 204
+                if callable(answer):
+                    answer(handler)
+                    return
+                handler.send_response(answer)
+                handler.send_header("Content-Length", "0")
+                handler.end_headers()
+
+            def log_message(handler, *_arguments: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer((address, 0), Handler)
+        self._server.daemon_threads = True
+        if context is not None:
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_address[1]
+        self.url = f"http{'s' if context else ''}://{address}:{self.port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def _lower(headers: Any) -> dict[str, str]:

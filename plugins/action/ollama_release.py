@@ -25,6 +25,7 @@ ARGUMENTS = {
     "release_url": {"type": "str", "required": True},
     "pins": {"type": "dict", "default": {}},
     "go": {"type": "str", "default": ""},
+    "find": {"type": "bool", "default": True},
     "cache_dir": {"type": "str", "default": ""},
     "reach_timeout": {"type": "float", "default": 5},
     "timeout": {"type": "float", "default": 3600},
@@ -73,7 +74,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]
             "install": False,
             "skipped_sources": [],
         }
-        if installed and _ollama_source.accepted(installed, request):
+        if not args["find"] or (installed and _ollama_source.accepted(installed, request)):
             return result
         host = (task_vars or {}).get("inventory_hostname", "")
         found, skipped = _ollama_source.find(request, lambda text: display.display(f"{host}: {text}"))

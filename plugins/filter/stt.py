@@ -16,6 +16,13 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_tree
 
 GATEWAY_PARTS = ("src", "pyproject.toml", "requirements.lock")
+_GATEWAY_SETTING = re.compile(r"^    (\w+): (?:str|int|bool) = _setting\(", re.MULTILINE)
+# Settings of voicegate that follow from the roles' variables.
+GATEWAY_ROLES_OWN = frozenset(
+    ("host", "port", "model", "revision", "device", "compute_type", "language", "ttl", "api_key_file",
+     "upstream", "upstream_model", "upstream_api_key_file", "wyoming_port", "data_dir", "webhook_secret_file",
+     "vram_policy", "vram_need_mib", "vram_fallback", "ollama_url", "ollama_pinned", "ollama_reload")
+)  # fmt: skip
 
 
 def stt_problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
@@ -66,6 +73,28 @@ def _ctranslate2(root: Path, request: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _gateway_problems(root: Path, settings: Mapping[str, Any], port: Any) -> list[str]:
+    """What is wrong with the voice_gateway_* variables; the names are those in voicegate's own table."""
+    found = []
+    if str(settings["engine_port"]) == str(port):
+        found.append(
+            f"voice_gateway_engine_port: {port} is the gateway's (stt_server_port); give the engine another."
+        )
+    table = root / "src" / "voicegate" / "settings.py"
+    known = re.findall(
+        r"^    (\w+): (?:str|int|bool) = _setting\(", table.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    for name in settings["settings"]:
+        if name in GATEWAY_ROLES_OWN:
+            found.append(
+                f"voice_gateway_settings: '{name}' follows from a variable of stt_server or voice_gateway."
+            )
+        elif name not in known:
+            hint = _stt.did_you_mean(str(name), known)
+            found.append(f"voice_gateway_settings: voicegate has no setting '{name}'.{hint}")
+    return found
+
+
 def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> dict[str, Any]:
     """Return what is asked of a machine: the settings (without prefix), with digests of local sources."""
     if not isinstance(settings, Mapping):
@@ -78,6 +107,8 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
         request["quantization"] = planned["quantization"]
     settings = request.copy()
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
+    if request.get("gateway"):
+        problems += _gateway_problems(Path(gateway), request["gateway"], request["port"])
     try:
         choice = _stt.resolve_model(str(settings["model"]), base)
     except _stt.SttError:

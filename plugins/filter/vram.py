@@ -10,6 +10,7 @@ from typing import Any
 
 from ansible_collections.sottovoce.stack.plugins.module_utils import (
     _gpu_capability,
+    _ollama,
     _summary,
     _vram_chart,
     _vram_request,
@@ -108,6 +109,36 @@ def vram_plan_speech(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {}
 
 
+def vram_plan_turns(
+    plans: Mapping[str, Mapping[str, Any]],
+    roles: Iterable[str],
+    ollama_host: str,
+    wanted: Mapping[str, Any],
+) -> dict[str, Any]:
+    """
+    What voicegate is told of the card by the one plan in there, as its settings; empty without a plan.
+    `wanted` has `fallback` (list of int8 and cpu), `pinned` (names of models), `reload`.
+    """
+    for plan in plans.values():
+        settings = plan.get("settings") or {}
+        if plan["status"] == "refused" or not settings.get("speech_need_mib"):
+            continue
+        smaller = {"int8": settings["speech_int8_mib"], "cpu": 0}
+        fallback = [name for name in wanted["fallback"] if name == "cpu" or smaller.get(name)]
+        beside = "ollama_server" in roles
+        return {
+            "vram_policy": settings["vram_policy"],
+            "vram_need_mib": settings["speech_need_mib"],
+            "vram_fallback": ",".join(
+                f"{name}={smaller[name]}" if smaller[name] else name for name in fallback
+            ),
+            "ollama_url": _ollama.server_url(ollama_host) if beside else "",
+            "ollama_pinned": ",".join(wanted["pinned"]),
+            "ollama_reload": "true" if wanted["reload"] else "false",
+        }
+    return {}
+
+
 def vram_plan_units(plans: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     """What each systemd unit takes by the one plan in there, as module vram_health is given it (MiB)."""
     for plan in plans.values():
@@ -126,6 +157,7 @@ class FilterModule:
             "vram_plan_notes": vram_plan_notes,
             "vram_plan_report": vram_plan_report,
             "vram_plan_fit_target": vram_plan_fit_target,
+            "vram_plan_turns": vram_plan_turns,
             "vram_plan_units": vram_plan_units,
             "vram_plan_speech": vram_plan_speech,
             "vram_chart": lambda plans, title: _vram_chart.chart(title, plans),

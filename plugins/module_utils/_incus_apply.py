@@ -35,6 +35,7 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._incus_images impo
 from ansible_collections.sottovoce.stack.plugins.module_utils._incus_plan import (
     PROTECTION,
     RELEASE,
+    RESTRICT,
     RUNTIME,
     Plan,
     Step,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 LOG_LINES = 20
+# Machines that a new project may get before it pays to restrict it afterwards.
+CROWD = 8
 # Seconds after which a lease whose instance does not have the card counts as left behind: until then another
 # run may be about to make it.
 LEASE_GRACE = 15.0
@@ -141,6 +144,7 @@ class Applier:
         # Addresses are given up by all before they are taken by anybody.
         work = [(s.phase, s, self._carry_out) for s in writing]
         work += [(RELEASE, s, self._release) for s in writing if s.release]
+        work += [(RESTRICT, s, self._update) for s in writing if self._opens_first(s)]
         try:
             for phase in sorted({p for p, _s, _f in work}):
                 self._side_by_side([(s, f) for p, s, f in work if p == phase])
@@ -149,6 +153,16 @@ class Applier:
             for client in self._clients:
                 client.close()
         return self.outcome
+
+    def _opens_first(self, step: Step) -> bool:
+        """Whether a new project is restricted only when its machines are made.
+
+        Incus goes through a whole restricted project for every machine that it makes in it.
+        """
+        if step.kind != "project" or step.body is None or step.body["config"].get("restricted") != "true":
+            return False
+        machines = (s for s in self.plan.steps if s.kind == "instance" and s.project == step.name)
+        return sum(s.body is not None for s in machines) > CROWD
 
     def _side_by_side(self, tasks: list[tuple[Step, Callable[[IncusClient, Step], None]]]) -> None:
         ready = []
@@ -241,9 +255,12 @@ class Applier:
                 body = {"name": step.name, "type": (step.body or {})["type"]}
                 where = {"target": member}
                 self._run(client, "POST", path_of(step, collection=True), step, body=body, query=where)
+        made = step.body or {}
+        if self._opens_first(step):
+            made = {**made, "config": {**made["config"], "restricted": "false"}}
         try:
             collection = path_of(step, collection=True)
-            self._run(client, "POST", collection, step, body=step.body, query=step.query or None)
+            self._run(client, "POST", collection, step, body=made, query=step.query or None)
         except IncusError as exc:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise

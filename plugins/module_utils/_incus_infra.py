@@ -315,6 +315,10 @@ def info(
         )
     ]
 
+    def cards_given(project: str, name: str) -> list[dict[str, str]]:
+        given = [claim for claim in claims if claim.key == (project, name)]
+        return [card.summary() for card in cards if any(claim.meets(card, "") for claim in given)]
+
     def ours(obj: Mapping[str, Any]) -> bool:
         return project_name is None or owner(obj) == project_name
 
@@ -350,13 +354,14 @@ def info(
             if n.get("managed") and ours(n)
         ],
         "instances": [
-            _instance_info(project, name, i)
+            {**_instance_info(project, name, i), "cards": cards_given(project, name)}
             for (project, name), i in sorted(snapshot.instances.items())
             if ours(i)
         ]
         + [
             {
                 **_instance_info(str(i.get("project") or "default"), str(i["name"]), {}),
+                "cards": [],
                 "type": str(i.get("type") or "container"),
                 "status": "Missing",
                 "address": address_of(i.get("devices")),

@@ -27,7 +27,7 @@ DEFAULT_TRUST = "semi-trusted"
 DEFAULT_IMAGE = "images:debian/13"
 
 # Roles of this collection that a machine may have, then those AnKLuMe has and this collection has not.
-OWN_ROLES = ("base_system", "ollama_server", "stt_server", "open_webui", "vram_exporter")
+OWN_ROLES = ("base_system", "ollama_server", "stt_server", "voice_gateway", "open_webui", "vram_exporter")
 FOREIGN_ROLES = frozenset({
     "admin_bootstrap", "code_sandbox", "dev_agent_runner", "dev_test_runner", "firewall_router",
     "incus_firewall_vm", "incus_images", "incus_instances", "incus_networks", "incus_nftables",

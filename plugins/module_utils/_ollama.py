@@ -229,6 +229,10 @@ def plan(
         "url": server_url(settings["host"], str(machine.get("address") or "")),
         "own_models_dir": own_models_dir,
         "read_write_paths": [settings["models_dir"]] if own_models_dir else [],
+        # Speech-to-text loads first where both live. No more than an order: neither needs the other.
+        "after": [f"{unit}.service" for unit in sorted(_stt.UNITS.values())]
+        if "stt_server" in (machine.get("roles") or [])
+        else [],
         "release": name,
         "serves": bool(name) and bool(settings["enabled"]),
         "model": settings["default_model"],

@@ -15,8 +15,10 @@ from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capabi
 ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
 STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
 CUDA_ENVIRONMENT = "/opt/stt-cuda"
+READY = "/usr/bin/python3 -I /opt/stt-ready.py --process=${MAINPID}"
 CUDA_PARTS = ("cublas", "cudnn", "cuda_nvrtc")
 SPEACHES_PYTHON = "3.12"
+BUILTIN_START = "{}/venv/bin/python -m voicegate serve"
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,54 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
         skipped.append(plan["model"].pop("skipped"))
     plan["notes"] = notes + plan["notes"]
     plan["skipped"] = skipped
-    wanted = plan["unit"] if request["enabled"] else ""
-    plan["stop"] = [unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit != wanted]
+    wanted = {plan["unit"]} if request["enabled"] else set()
+    if request.get("gateway"):
+        plan["gateway"] = _gateway(request, plan, facts)
+        wanted |= {plan["gateway"]["unit"]} if request["enabled"] else set()
+    plan["stop"] = [
+        unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit not in wanted
+    ]
+    # The gateway computes itself where voicegate is the engine: then it is one unit, and that role's.
+    plan["run"] = request["enabled"] and plan["unit"] != plan.get("gateway", {}).get("unit")
     return plan
+
+
+def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """Return the unit of role voice_gateway: voicegate in front of the engine, or with the engine in it."""
+    settings = request["gateway"]
+    environment = {f"VOICEGATE_{name.upper()}": str(value) for name, value in settings["settings"].items()}
+    # The unit's state folder is its user's; jobs survive a new version in it.
+    environment["VOICEGATE_DATA_DIR"] = f"{STATES['builtin']}/jobs"
+    if settings["wyoming_port"]:
+        environment["VOICEGATE_WYOMING_PORT"] = str(settings["wyoming_port"])
+    if plan["engine"] == "builtin":
+        own = {name: plan[name] for name in ("release", "stamp", "install", "cuda", "exec_start", "url")}
+        return {**own, "unit": plan["unit"], "environment": {**plan["environment"], **environment}}
+    release = _builtin_release(request, facts)
+    stamp = _stt.stamp("builtin", release["digest"], "", release["python"])
+    host, port = str(request["host"]), str(request["port"])
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "SOTTOVOCE_BUILD": stamp,
+        "PYTHONPATH": f"{release['path']}/src",
+        "VOICEGATE_HOST": host,
+        "VOICEGATE_PORT": port,
+        "VOICEGATE_MODEL": plan["model"]["id"],
+        "VOICEGATE_UPSTREAM": plan["url"],
+        "VOICEGATE_UPSTREAM_MODEL": plan["model"]["id"],
+        **({"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}),
+        **environment,
+    }
+    return {
+        "release": release,
+        "stamp": stamp,
+        "install": facts.stamp_at(release["path"]) != stamp,
+        "cuda": False,
+        "unit": _stt.UNITS["builtin"],
+        "environment": environment,
+        "exec_start": BUILTIN_START.format(release["path"]),
+        "url": f"http://{_local(host)}:{port}",
+    }
 
 
 def _usable(asked: str, cards: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -186,6 +233,9 @@ def _engine(
     facts: Facts,
     cards: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
+    if engine == "speaches" and request.get("gateway"):
+        # Its address is the gateway's now.
+        request = {**request, "host": "127.0.0.1", "port": request["gateway"]["engine_port"]}
     release = _speaches_release(request, facts) if engine == "speaches" else _builtin_release(request, facts)
     # After the release: a source that does not answer may lead to another engine.
     quantization, notes = _compute_type(request, engine, device, cards)
@@ -253,6 +303,11 @@ def _speaches_release(request: Mapping[str, Any], facts: Facts) -> dict[str, Any
     return release
 
 
+def _local(host: str) -> str:
+    """Where a server that listens on `host` is reached from its own machine."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
+
+
 def service(
     request: Mapping[str, Any],
     engine: str,
@@ -292,8 +347,11 @@ def service(
             "HF_HUB_OFFLINE": "1",
         }
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
+        if device == "cuda":
+            turns = request.get("turns") or {}
+            environment |= {f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value}
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
-        exec_start = f"{release['path']}/venv/bin/python -m voicegate serve"
+        exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""
     else:
         environment |= {
@@ -317,12 +375,16 @@ def service(
         exec_start = f"{release['path']}/.venv/bin/uvicorn --factory speaches.main:create_app"
         # It reads model_aliases.json and its console from there.
         working_directory = release["path"]
-    local = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104
+    local = _local(host)
     aliases = _stt.speaches_aliases(model["id"], request["model"]["asked"]) if engine == "speaches" else {}
     return {
         "environment": environment | ({"SOTTOVOCE_ALIASES": _stt.stamp(aliases)} if aliases else {}),
         "exec_start": exec_start,
         "working_directory": working_directory,
+        # Ends when the model is loaded. voicegate loads it by itself.
+        "ready": " ".join(
+            [READY, *(["--load", model["id"]] if engine == "speaches" else []), f"http://{local}:{port}"]
+        ),
         "url": f"http://{local}:{port}",
         # What the status table shows. Speaches wants the key for it, which no unit file may hold.
         "details_url": f"http://{local}:{port}/health"
@@ -345,7 +407,7 @@ def summarize(
         notes.append(f"{plan['compute_type']} was asked of the engine, which computes as {quantization}")
     if told and device != plan["device"]:
         notes.append(f"{plan['device']} was asked of the engine, which runs on {device}")
-    url = plan["url"]
+    url = plan.get("gateway", plan)["url"]
     if address:
         url = url.replace("//127.0.0.1:", f"//{address}:")
     summary = {

@@ -116,7 +116,8 @@ def apply_summary(
     lines: list[str] = []
     remarks: list[str] = [str(note) for note in notes]
     remarks += [f"host: {note}" for note in (host or {}).get("notes") or []]
-    if infra:
+    # Without `resources` it was only read.
+    if infra and "resources" in infra:
         lines.append(f"Incus: {'; '.join(infra_summary({**infra, 'notes': []}))}")
         remarks += [str(note) for note in infra.get("notes", [])]
     heard: list[str] = []

@@ -183,8 +183,10 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         r"No interpreter found|No download found|[Pp]ython downloads are"
         r"|Failed to (?:download|install).{0,40}[Cc]"
         r"[Pp]ython|python-build-standalone|request for .?[Pp]ython",
-        "there is no such Python on this machine and none could be downloaded; install that version, "
-        "or give the path of an interpreter in 'python'",
+        "there is no such Python on this machine and none could be downloaded (uv fetches its builds from "
+        "GitHub); make the machine from an image that has it (os_image: Debian 12 has 3.11, Ubuntu 24.04 has "
+        "3.12, Debian 13 has 3.13), name a mirror (python-install-mirror in its /etc/uv/uv.toml), or give "
+        "the path of an interpreter in 'python'",
     ),
     (
         r"401 Unauthorized|403 Forbidden|407 Proxy",

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MIB = 1024 * 1024
@@ -29,6 +29,8 @@ METRICS = {
         "Part by which a unit is over its planned peak (or, negative, under its rest).",
     ),
     "offload_ratio": ("gauge", "Part of a loaded model that is in VRAM."),
+    "reserve_bytes": ("gauge", "Under how much free memory of a card an idle model is unloaded."),
+    "evictions_total": ("counter", "Idle models that were unloaded to make room."),
     "findings": ("gauge", "Findings by severity."),
     "duration_seconds": ("gauge", "How long the reading took."),
     "last_run_timestamp_seconds": ("gauge", "When the reading ended."),
@@ -84,14 +86,21 @@ def samples(report: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], float]
     return [(metric, labels, value) for metric, labels, value in found if value is not None]
 
 
-def exposition(report: Mapping[str, Any], *, duration: float, now: float) -> str:
+def exposition(
+    report: Mapping[str, Any],
+    more: Sequence[tuple[str, dict[str, Any], float]] = (),
+    *,
+    duration: float,
+    now: float,
+) -> str:
     """
-    The text of a scrape. duration: seconds that the reading took; now: seconds since 1970.
+    The text of a scrape. more: further samples; duration: seconds that the reading took; now: since 1970.
 
     A sample that comes twice (a model that is loaded twice) is given once: Prometheus refuses the file else.
     """
     given = [
         *samples(report),
+        *more,
         ("duration_seconds", {}, round(duration, 4)),
         ("last_run_timestamp_seconds", {}, now),
     ]

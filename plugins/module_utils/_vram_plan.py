@@ -18,7 +18,8 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint im
     UnknownModel,
 )
 
-POLICIES = ("resident", "yield", "exclusive")
+TURNS = ("yield", "exclusive")
+POLICIES = ("resident", *TURNS)
 TOGETHER, ONE_AT_A_TIME, CANNOT = "fits together", "fits one at a time", "cannot fit"
 AUTO = "auto"
 

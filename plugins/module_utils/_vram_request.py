@@ -20,11 +20,14 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint im
     Llm,
     UnknownModel,
     llm_from_metadata,
+    windows,
 )
+from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint import stt as speech_footprint
 
 # The roles' defaults of what is read here; a test holds them equal.
 STT_DEFAULTS: Mapping[str, Any] = {
     "stt_server_engine": "speaches",
+    "stt_server_engine_fallback": "builtin",
     "stt_server_model": "large-v3-turbo",
     "stt_server_quantization": "float16",
     "stt_server_device": "auto",
@@ -187,14 +190,18 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         "unknown": list(asked.unknown),
         "lines": [],
     }
+    policy = str(variables.get("vram_policy") or "resident")
+    if asked.mix is None and policy in vram.TURNS:
+        raise vram.PlanError(
+            f"vram_policy: {policy!r} needs to know how large the card is. Write {GIVE_SIZE}."
+        )
     if asked.mix is None:
         result["lines"] = [f"VRAM is not planned: nobody says how large the card is. Write {GIVE_SIZE}."]
         return result
-    if asked.mix.policy != "resident":
-        raise vram.PlanError(
-            f"vram_policy: {asked.mix.policy!r} is not carried out by this version: nothing takes turns on a"
-            " card yet. Write resident, and a mix that fits together."
-        )
+    mix = asked.mix
+    builtin = mix.engine == "builtin"
+    if policy in vram.TURNS and "stt_server" in (variables.get("instance_roles") or []):
+        _check_turns(mix, asked)
     found = vram.choose(asked.mix)
     refused = not found.ok and not asked.unknown
     result.update(
@@ -203,7 +210,7 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         driver_mib=vram.DRIVER_MIB,
         need_mib=found.need_mib,
         parts=[as_part(part) for part in found.parts],
-        units=units_of(found),
+        units=units_of(found, str(variables.get("stt_server_engine_fallback", "builtin"))),
         settings={
             "stt_server_model": found.mix.model,
             "stt_server_quantization": found.mix.compute_type if found.mix.model else "",
@@ -211,14 +218,31 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
             "context_length": found.mix.context,
             "num_parallel": found.mix.parallel,
             "max_loaded_models": found.mix.loaded,
+            "vram_policy": found.mix.policy,
+            "speech_need_mib": found.speech.peak if found.speech else 0,
+            "speech_int8_mib": _int8_mib(found),
         },
     )
     if refused:
-        result["nearest"] = [
-            {"change": in_words(told), "need_mib": tried.need_mib} for tried, told in vram.nearest(found.mix)
-        ]
+        near = vram.nearest(found.mix, turns=builtin)
+        result["nearest"] = [{"change": in_words(told), "need_mib": tried.need_mib} for tried, told in near]
     result["lines"] = report(result)
     return result
+
+
+def _check_turns(mix: vram.Mix, asked: Asked) -> None:
+    """Raises PlanError where nobody can carry out that speech and language take turns."""
+    if mix.model and mix.engine != "builtin":
+        raise vram.PlanError(
+            f"vram_policy: {mix.policy!r} is carried out by the engine builtin alone: Speaches keeps part of"
+            " the card after unloading, and cannot be asked to wait. Write stt_server_engine: builtin, or"
+            " vram_policy: resident and a mix that fits together."
+        )
+    if not mix.model and asked.unknown:
+        raise vram.PlanError(
+            f"vram_policy: {mix.policy!r} needs a speech model of known size, and that of"
+            f" {', '.join(asked.unknown)} is not known. Name one of {', '.join(_stt.MODELS)}."
+        )
 
 
 def as_part(part: Footprint) -> dict[str, Any]:
@@ -232,12 +256,26 @@ def as_part(part: Footprint) -> dict[str, Any]:
     }
 
 
-def units_of(found: vram.Fit) -> dict[str, dict[str, int]]:
-    """What each systemd unit takes, MiB at rest and at peak."""
+def _int8_mib(found: vram.Fit) -> int:
+    """What speech takes at its peak in int8, where that is less than in what was chosen; else 0."""
+    if found.speech is None:
+        return 0
+    mix = found.mix
+    part = speech_footprint(mix.model, "int8", windows(mix.seconds, mix.engine))
+    return part.peak if part.peak < found.speech.peak else 0
+
+
+def units_of(found: vram.Fit, fallback: str = "") -> dict[str, dict[str, int]]:
+    """
+    What each systemd unit takes, MiB at rest and at peak. Of speech-to-text also that of the engine that
+    a machine may fall back to: which of them runs is decided there.
+    """
     units = {}
     if found.speech:
-        unit = _stt.UNITS[found.mix.engine]
-        units[unit] = {"rest_mib": found.speech.rest, "peak_mib": found.speech.peak}
+        mix = found.mix
+        for engine in dict.fromkeys([mix.engine, *([fallback] if fallback in _stt.UNITS else [])]):
+            part = speech_footprint(mix.model, mix.compute_type, windows(mix.seconds, engine))
+            units[_stt.UNITS[engine]] = {"rest_mib": part.rest, "peak_mib": part.peak}
     if found.llms:
         units["ollama"] = {
             "rest_mib": sum(part.rest for part in found.llms),
@@ -270,7 +308,8 @@ def report(result: Mapping[str, Any]) -> list[str]:
     if result["unknown"]:
         lines.append(f"Not counted, because their size is not known: {', '.join(result['unknown'])}.")
     if result["status"] == "refused":
-        lines.append(f"This mix does not fit: it {result['verdict']}, and both are to stay loaded.")
+        stays = "" if settings["vram_policy"] in vram.TURNS else ", and both are to stay loaded"
+        lines.append(f"This mix does not fit: it {result['verdict']}{stays}.")
         lines += [f"Would fit ({near['need_mib']} MiB): {near['change']}" for near in result["nearest"]]
         if not result["nearest"]:
             lines.append("Nothing smaller that is known here would fit: a larger card, or one of the two.")

@@ -73,8 +73,8 @@ networks:
   elements: dict
 instances:
   description:
-    - The machines, with name, project, type, status, location, static address, gpu (PCI addresses),
-      C(managed), profiles, config and C(protected).
+    - The machines, with name, project, type, status, location, static address, gpu (PCI addresses), cards
+      (as M(sottovoce.stack.incus_infra) returns them), C(managed), profiles, config and C(protected).
     - With O(state=true) also C(addresses) per interface, C(memory) (C(usage) and C(total) in bytes) and
       C(processes).
   returned: always

@@ -48,6 +48,10 @@ options:
     description: Path of the Go toolchain on the controller; empty means the one found.
     type: str
     default: ""
+  find:
+    description: Whether to find what the target lacks; if not, RV(release) is whatever is installed.
+    type: bool
+    default: true
   cache_dir:
     description: Cache on the controller; empty means C(sottovoce/ollama) under the user's cache folder.
     type: str

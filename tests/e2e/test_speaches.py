@@ -188,3 +188,26 @@ def test_other_engine_and_back(server: Server) -> None:
     server.apply("--tags", "stt")
     assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
     assert server.hear("whisper-1") == SENTENCE
+
+
+def test_the_gateway_in_front_of_it(server: Server) -> None:
+    infra = server.inventory / "infra.yml"
+    before = infra.read_text(encoding="utf-8")
+    infra.write_text(before.replace("stt_server]", "stt_server, voice_gateway]"), encoding="utf-8")
+    run = server.apply("--tags", "infra,stt")
+    assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["active", "active"]
+    listening = inside("ss", "-Htln")
+    assert "127.0.0.1:8001 " in listening
+    assert "0.0.0.0:8000 " in listening
+    assert "speaches, 0.9.0-rc.3, whisper-demo" in run.output
+    for name in ("whisper-1", str(ROOT / "demo/whisper-demo")):
+        assert server.hear(name) == SENTENCE
+    with urllib.request.urlopen(
+        f"{server.url}/api/ps", timeout=10
+    ) as answer:  # Speaches' own API, through it
+        assert json.load(answer)["models"][0].startswith("local/whisper-demo-")
+    assert server.apply().changed == 0
+    infra.write_text(before, encoding="utf-8")
+    server.apply("--tags", "infra,stt")
+    assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
+    assert server.hear("whisper-1") == SENTENCE

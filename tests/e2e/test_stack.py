@@ -6,9 +6,10 @@ The tests go through one life of it, in this order.
 
 from __future__ import annotations
 
+import json
 import re
 
-from e2e import OCTET, Stack, health, incus, unit, wait_for
+from e2e import OCTET, ROOT, Stack, health, incus, unit, wait_for
 
 SENTENCE = "What is the temperature in the kitchen?"
 
@@ -73,6 +74,36 @@ def test_a_new_port_of_speech_to_text_reaches_a_running_open_webui(stack: Stack)
     # Not by a restart: people are in the middle of their chats.
     assert unit("e2e-webui", "open-webui", "InvocationID") == webui
     assert stack.apply().changed == 0
+
+
+def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
+    """With the built-in engine it is the same unit; home automation comes with it."""
+    infra = stack.inventory / "infra.yml"
+    infra.write_text(
+        infra.read_text(encoding="utf-8").replace("stt_server]", "stt_server, voice_gateway]"),
+        encoding="utf-8",
+    )
+    stack.set_host_vars(
+        "e2e-speech",
+        "stt_server_quantization: float32\nstt_server_port: 8001\nvoice_gateway_engine_port: 8002\n"
+        "voice_gateway_wyoming: true\nvoice_gateway_settings: {queue_limit: 5}\n",
+    )
+    stack.apply("--tags", "stt")
+    told = health("e2e-speech", 8001, "/health")
+    assert (told["status"], told["queue"]["limit"], told["compute_type"]) == ("ok", 5, "float32")
+    incus("file", "push", str(ROOT / "demo/clips/D000.wav"), "e2e-speech/root/speech.wav")
+    handed_in = ["curl", "-sS", "-F", "audio=@/root/speech.wav", "http://127.0.0.1:8001/jobs"]
+    made = incus("exec", "e2e-speech", "--", *handed_in)
+    job = f"/jobs/{json.loads(made)['id']}"
+    wait_for(30, lambda: health("e2e-speech", 8001, job)["status"] == "done")
+    assert health("e2e-speech", 8001, f"{job}/result?format=json")["text"] == "Turn on the heater."
+    listening = incus("exec", "e2e-speech", "--", "ss", "-Htln")
+    assert ":10300 " in listening
+    assert stack.apply().changed == 0
+    infra.write_text(infra.read_text(encoding="utf-8").replace(", voice_gateway]", "]"), encoding="utf-8")
+    stack.set_host_vars("e2e-speech", "stt_server_quantization: float32\nstt_server_port: 8001\n")
+    stack.apply("--tags", "stt")
+    assert health("e2e-speech", 8001, "/health")["queue"]["limit"] == 16
 
 
 def test_everything_comes_back_after_a_restart_of_the_containers(stack: Stack) -> None:

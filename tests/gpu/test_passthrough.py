@@ -6,8 +6,8 @@ import os
 
 import incusd
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils._incus_infra import InfraError
-from gpu_site import Site, gpu_of, leases, resource
+from ansible_collections.sottovoce.stack.plugins.module_utils._incus_infra import InfraError, info
+from gpu_site import Site, client, gpu_of, leases, resource
 from simulated_gpu import DRIVER, Cards
 
 ALL = {"nvidia0": "ENXIO", "nvidiactl": "ENXIO", "nvidia-uvm": "ENXIO", "nvidia-uvm-tools": "ENXIO"}
@@ -29,6 +29,9 @@ def test_the_card_is_inside_and_a_user_who_is_not_root_may_open_it(site: Site, c
     ]
     assert site.nodes("speech") == ALL
     assert leases() == {pci: f"{site.domain}/speech"}
+    # A run that reconciles nothing is told the same.
+    with client() as daemon:
+        assert gpu_of(info(daemon), "speech") == gpu_of(result, "speech")
     assert site.apply({"speech": {"gpu": True}})["changed"] is False
 
 

@@ -48,7 +48,7 @@ class Run:
         return sum(host["changed"] for host in self.recap.values())
 
 
-def _recap(output: str) -> dict[str, dict[str, int]]:
+def read_recap(output: str) -> dict[str, dict[str, int]]:
     lines = output.partition("PLAY RECAP")[2].splitlines()
     found = {}
     for line in lines:
@@ -97,7 +97,7 @@ class Collection:
         print(done.stdout)
         if check:
             assert done.returncode == 0, f"{playbook} ended with {done.returncode}"
-        return Run(done.returncode, done.stdout, _recap(done.stdout))
+        return Run(done.returncode, done.stdout, read_recap(done.stdout))
 
 
 @dataclass

@@ -239,30 +239,34 @@ class Daemon:
             plan = incus_pool.plan_pool(driver, size, "", {}, supported, free)
             incus_pool.create_pool(client, "default", plan, fallback=driver == "auto")
 
-    def import_image(self, alias: str = "") -> str:
-        """The image that incus_host builds, from the cache of this user if it was built before."""
+    def import_image(self, alias: str = "", release: str = "") -> str:
+        """
+        The image that incus_host builds, from the cache of this user if it was built before.
+
+        The cache keeps one image per alias, so another release needs an alias of its own.
+        """
         import yaml
         from ansible_collections.sottovoce.stack.plugins.module_utils import _apt_sources as apt
         from ansible_collections.sottovoce.stack.plugins.module_utils import _image_build as image_build
 
         text = (ROOT / "roles/incus_host/defaults/main.yml").read_text(encoding="utf-8")
         given = {key.removeprefix("incus_host_image_"): value for key, value in yaml.safe_load(text).items()}
+        release, alias = release or str(given["release"]), alias or str(given["alias"])
         architecture = subprocess.run(
             ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
         ).stdout.strip()
         recipe = image_build.Recipe(
             given["distribution"],
-            given["release"],
+            release,
             architecture,
             tuple(given["packages"]),
             tuple(given["components"]),
-            tuple(apt.image_sources(apt.read_sources(), given["release"], given["components"])),
+            tuple(apt.image_sources(apt.read_sources(), release, given["components"])),
         )
-        name = alias or str(given["alias"])
-        built = image_build.obtain(recipe, str(given["alias"]), max_age=given["max_age"])
+        built = image_build.obtain(recipe, alias, max_age=given["max_age"])
         with self.client() as client:
-            image_build.import_image(client, built, name)
-        return name
+            image_build.import_image(client, built, alias)
+        return alias
 
     # Stop
 

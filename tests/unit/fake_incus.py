@@ -82,7 +82,8 @@ class FakeIncus:
         self._listener.bind(self.socket)
         self._listener.listen(64)
         self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def route(self, method: str, path: str, answer: Answer | Callable[[Request], Answer]) -> None:
         self.routes[method, path] = answer if callable(answer) else lambda _request: answer
@@ -103,6 +104,9 @@ class FakeIncus:
         self._open.clear()
 
     def close(self) -> None:
+        # Its thread must have left: it would accept from whoever gets the descriptor's number next.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join(10)
         self._listener.close()
         for command in self.execs.values():
             command.kill()
@@ -196,13 +200,16 @@ class _Exec:
         self.body = body
         self._swallow_after = swallow_after
         self._socks: dict[int, socket.socket] = {}
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._ended = threading.Event()
         self._code = 0
 
     def attach(self, number: int, sock: socket.socket) -> None:
-        self._socks[number] = sock
-        if set(self._socks) == {0, 1, 2}:
+        with self._lock:
+            self._socks[number] = sock
+            whole = len(self._socks) == 3
+        if whole:
             threading.Thread(target=self._run, daemon=True).start()
 
     def kill(self) -> None:

@@ -304,6 +304,26 @@ def test_requests_of_all_threads_are_counted(server: FakeServer) -> None:
     assert result["requests"] == len(server.log)
 
 
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_project_of_many_machines_is_restricted_when_they_are_made(server: FakeServer, count: int) -> None:
+    """Incus goes through the whole of a restricted project for every machine made in it."""
+    seen: list[str] = []
+
+    def hook(method: str, path: str, body: Any) -> None:
+        if method == "POST" and path == "/1.0/projects":
+            seen.append(body["config"]["restricted"])
+
+    server.hook = hook
+    wanted = desired(*[machine(f"m{i}", i) for i in range(1, count + 1)])
+    first = run(server, wanted)
+    assert seen == ["false" if count > applying.CROWD else "true"]
+    [project] = [path for method, path in writes(server) if method == "PUT" and "/projects/" in path] or [""]
+    assert bool(project) is (count > applying.CROWD)
+    assert len([r for r in first["resources"] if r["kind"] == "project"]) == 1
+    again = run(server, wanted)
+    assert again["changed"] is False
+
+
 def test_a_machine_that_is_gone_already_is_no_failure(server: FakeServer) -> None:
     run(server, desired(machine("one")))
 

@@ -565,6 +565,7 @@ def test_info(server: FakeServer) -> None:
     one = found["instances"][0]
     assert (one["address"], one["gpu"], one["managed"]) == ("10.120.0.1", ["0000:01:00.0"], "home")
     assert one["config"] == {"limits.cpu": "1"}
+    assert [[c["pci"] for c in i["cards"]] for i in found["instances"]] == [["0000:01:00.0"], []]
     assert found["gpus"][0]["instances"] == ["a/one"]
     everything = infra.info(FakeClient(server), None)  # type: ignore[arg-type]
     assert {i["name"] for i in everything["instances"]} == {"one", "guest"}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils import _ollama, _ollama_source
+from ansible_collections.sottovoce.stack.plugins.module_utils import _ollama, _ollama_source, _vram_relief
 from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import (
     Limits,
     ModelTask,
@@ -153,6 +153,17 @@ def test_real_server_refuses_what_only_looks_like_gguf(real: str, tmp_path: Path
         manage(OllamaServer(real), ModelTask(("broken",), gguf=str(path), checksum="0" * 64))
     with pytest.raises(OllamaError, match="cannot be read"):
         manage(OllamaServer(real), ModelTask(("broken",), gguf=str(tmp_path / "nothing")))
+
+
+def test_real_server_takes_the_request_to_unload(real: str, tmp_path: Path) -> None:
+    """Without llama-server it loads nothing; what it is asked is the same."""
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_gguf(9))
+    manage(OllamaServer(real), ModelTask(("idle",), gguf=str(path)))
+    _vram_relief.unload(real, "idle:latest")
+    with pytest.raises(_vram_relief.ReliefError, match=r"unknown:1b was not unloaded: 404 .*not found"):
+        _vram_relief.unload(real, "unknown:1b")
+    manage(OllamaServer(real), ModelTask(("idle",), present=False))
 
 
 def test_real_server_says_which_registry_it_cannot_reach(real: str) -> None:

@@ -191,6 +191,7 @@ def test_plan_on_a_cpu() -> None:
         "OLLAMA_NO_CLOUD": "1",
     }
     assert plan["url"] == "http://10.120.0.1:11434"
+    assert plan["after"] == []
     assert plan["pull"] == ["nomic-embed-text"]
     assert (plan["gpu"], plan["infers"], plan["serves"]) == (False, True, True)
 
@@ -223,6 +224,7 @@ def test_plan_on_a_shared_gpu_with_a_volume_for_models() -> None:
     assert plan["environment"]["OLLAMA_KEEP_ALIVE"] == "-1"
     assert "OLLAMA_NO_CLOUD" not in plan["environment"]
     assert plan["read_write_paths"] == ["/srv/models"]
+    assert plan["after"] == ["speaches.service", "voicegate.service"]
     assert not plan["infers"]
     helped = settings(llama_server="/usr/bin/llama-server")
     assert _ollama.plan(helped, {"release": "0.34.4-go"}, machine)["infers"]

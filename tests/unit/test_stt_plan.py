@@ -96,6 +96,7 @@ def test_connected_machine_gets_speaches() -> None:
     assert "CUDAExecutionProvider" in environment["UNSTABLE_ORT_OPTS__EXCLUDE_PROVIDERS"]
     assert environment["HF_HOME"] == "/var/lib/speaches/hf"
     assert plan["working_directory"] == plan["release"]["path"]
+    assert plan["ready"].endswith(" --load deepdml/faster-whisper-large-v3-turbo-ct2 http://127.0.0.1:8000")
     # Settings that do nothing, or harm, are left out.
     assert not {"WHISPER__MODEL", "PRELOAD_MODELS", "API_KEY", "LD_LIBRARY_PATH"} & set(environment)
 
@@ -328,3 +329,79 @@ def test_what_apply_found_counts_before_the_driver() -> None:
 def test_auto_on_a_cpu() -> None:
     plan = _stt_plan.make_plan(request(engine="builtin", quantization="auto"), Machine().facts)
     assert (plan["device"], plan["compute_type"], plan["notes"]) == ("cpu", "int8", [])
+
+
+def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
+    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "ollama_pinned": ""}
+    asked = request(engine="builtin", turns=turns, cards=[{"capability": "8.6"}])
+    card = Machine(nodes=GPU)
+    environment = _stt_plan.make_plan(asked, card.facts)["environment"]
+    assert environment["VOICEGATE_VRAM_POLICY"] == "yield"
+    assert environment["VOICEGATE_VRAM_NEED_MIB"] == "2500"
+    assert "VOICEGATE_OLLAMA_PINNED" not in environment
+    environment = _stt_plan.make_plan(asked, Machine().facts)["environment"]
+    assert not any("VRAM" in name for name in environment)
+
+
+GATEWAY = {"engine_port": 8001, "wyoming_port": 0, "settings": {}}
+
+
+def gateway(**changes: Any) -> dict[str, Any]:
+    return {**GATEWAY, **changes}
+
+
+def test_the_gateway_takes_the_address_and_speaches_the_loopback() -> None:
+    asked = request(gateway=gateway(settings={"queue_limit": 32}), language="de", port=9000)
+    plan = _stt_plan.make_plan(asked, Machine(running=["speaches", "voicegate"]).facts)
+    assert (plan["unit"], plan["url"], plan["run"]) == ("speaches", "http://127.0.0.1:8001", True)
+    assert plan["environment"]["UVICORN_HOST"] == "127.0.0.1"
+    front = plan["gateway"]
+    assert (front["unit"], front["url"]) == ("voicegate", "http://127.0.0.1:9000")
+    assert front["install"]
+    expected = {
+        "VOICEGATE_HOST": "0.0.0.0",
+        "VOICEGATE_PORT": "9000",
+        "VOICEGATE_UPSTREAM": "http://127.0.0.1:8001",
+        "VOICEGATE_UPSTREAM_MODEL": plan["model"]["id"],
+        "VOICEGATE_LANGUAGE": "de",
+        "VOICEGATE_QUEUE_LIMIT": "32",
+    }
+    assert expected.items() <= front["environment"].items()
+    assert "VOICEGATE_WYOMING_PORT" not in front["environment"]
+    assert plan["stop"] == []
+    installed = Machine(stamps={front["release"]["path"]: front["stamp"]})
+    assert not _stt_plan.make_plan(asked, installed.facts)["gateway"]["install"]
+
+
+def test_the_builtin_engine_is_in_the_gateway() -> None:
+    asked = request(engine="builtin", gateway=gateway(wyoming_port=10300))
+    plan = _stt_plan.make_plan(asked, Machine(running=["speaches", "voicegate"]).facts)
+    assert not plan["run"]
+    assert plan["stop"] == ["speaches"]
+    front = plan["gateway"]
+    assert front["unit"] == "voicegate"
+    assert front["environment"] == {
+        **plan["environment"],
+        "VOICEGATE_WYOMING_PORT": "10300",
+        "VOICEGATE_DATA_DIR": "/var/lib/voicegate/jobs",
+    }
+    assert front["url"] == "http://127.0.0.1:8000"
+
+
+def test_without_the_gateway_its_unit_is_stopped() -> None:
+    plan = _stt_plan.make_plan(request(), Machine(running=["speaches", "voicegate"]).facts)
+    assert plan["stop"] == ["voicegate"]
+    assert plan["run"]
+    assert "gateway" not in plan
+
+
+def test_disabled_stops_the_gateway_too() -> None:
+    asked = request(gateway=gateway(), enabled=False)
+    plan = _stt_plan.make_plan(asked, Machine(running=["speaches", "voicegate"]).facts)
+    assert plan["stop"] == ["speaches", "voicegate"]
+    assert not plan["run"]
+
+
+def test_the_summary_has_the_gateways_address() -> None:
+    plan = _stt_plan.make_plan(request(gateway=gateway()), Machine().facts)
+    assert _stt_plan.summarize(plan, True, "10.1.2.3", {})["url"] == "http://10.1.2.3:8000/v1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import tarfile
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ansible_collections.sottovoce.stack.plugins.filter.stt import stt_request
+from ansible_collections.sottovoce.stack.plugins.filter.stt import GATEWAY_ROLES_OWN, stt_request
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_tree
+from voicegate.settings import SECRETS, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,6 +221,25 @@ def test_request_names_what_is_wrong_on_the_controller(tmp_path: Path) -> None:
     text = "\n".join(request["problems"])
     for part in ("stt_server_quantization", "no model.bin", "/nowhere", "gone", "collection is not whole"):
         assert part in text
+
+
+def test_settings_of_the_gateway_are_voicegates_own() -> None:
+    front = {
+        "engine_port": 8000,
+        "wyoming_port": 0,
+        "settings": {"queue_limit": 1, "queu_limit": 1, "model": "x"},
+    }
+    request = stt_request(settings(gateway=front, port=8000), str(ROOT / "gateway"))
+    first, second, third = request["problems"]
+    assert "voice_gateway_engine_port: 8000" in first
+    assert "no setting 'queu_limit'" in second
+    assert "queue_limit" in second
+    assert "'model' follows from a variable" in third
+    names = {field.name for field in dataclasses.fields(Settings)}
+    assert names >= GATEWAY_ROLES_OWN
+    every = dict.fromkeys(names - GATEWAY_ROLES_OWN - set(SECRETS), 1)
+    front = {"engine_port": 8001, "wyoming_port": 0, "settings": every}
+    assert stt_request(settings(gateway=front, port=8000), str(ROOT / "gateway"))["problems"] == []
 
 
 def test_a_folder_that_is_not_on_the_controller_may_be_on_the_machine(tmp_path: Path) -> None:

@@ -171,6 +171,10 @@ def test_has_card_believes_incus_before_the_file(
     assert _summary.has_card("a", infra, declared) is expected
 
 
+def test_what_was_only_read_of_incus_is_no_news() -> None:
+    assert _summary.apply_summary({}, {"instances": []}) == []
+
+
 def test_apply_summary_tells_of_the_cards_and_what_is_wrong() -> None:
     memory = {"used_mib": 9000, "total_mib": 24564, "free_mib": 15113, "reserved_mib": 451}
     vram = {

@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+    def do_POST(self):
+        # Ollama's way to unload: keep_alive 0.
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        listed = answers["/api/ps"]["models"]
+        assert self.path == "/api/generate" and asked["keep_alive"] == 0
+        answers["/api/ps"] = {"models": [model for model in listed if model["name"] != asked["model"]]}
+        self.do_GET()
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 UNIT = """[Service]
 ExecStart=/usr/bin/python3 /opt/daemon.py {port} '{answers}'
@@ -43,8 +52,11 @@ ExecStart=/usr/bin/python3 /opt/daemon.py {port} '{answers}'
 Health=http://127.0.0.1:{port}/health
 Details=http://127.0.0.1:{port}/api/ps
 """
+EXPIRES = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
 MODELS: dict[str, dict[str, Any]] = {
-    "ollama": {"models": [{"name": "llama3.1:8b", "size": 6 * GIB, "size_vram": 6 * GIB}]},
+    "ollama": {
+        "models": [{"name": "llama3.1:8b", "size": 6 * GIB, "size_vram": 6 * GIB, "expires_at": EXPIRES}]
+    },
     "speaches": {"models": ["Systran/faster-whisper-medium"]},
 }
 
@@ -270,6 +282,54 @@ def test_the_exporter_writes_what_the_module_finds(machine: Machine) -> None:
     stopped = machine.lab.play([role], vram_exporter_enabled=False)
     assert stopped.returncode == 0, stopped.stdout
     machine.lab.sh(f"! systemctl is-active --quiet vram-exporter.timer && test ! -e {target}")
+
+
+def test_an_idle_model_is_unloaded_when_the_card_is_nearly_full(machine: Machine) -> None:
+    machine.put("/opt/cards.txt", (standin.DRIVER + standin.card(0, memory="24564 451 24000")).encode())
+    machine.lab.sh("systemctl stop ollama; rm -f /var/lib/vram-exporter/state.json")
+    machine.start()
+    role = {"ansible.builtin.import_role": {"name": "sottovoce.stack.vram_exporter"}}
+    on = {"vram_exporter_relieve": True, "vram_exporter_interval": 1}
+    journal = f"journalctl --unit=vram-exporter --output=cat --no-pager --since=@{int(time.time())}"
+    text = "cat /var/lib/prometheus/node-exporter/sottovoce_vram.prom"
+    metric = 'sottovoce_vram_evictions_total{unit="ollama",model="llama3.1:8b",reason="low-free"}'
+
+    def told(words: str) -> None:
+        for _try in range(60):
+            if words in machine.lab.sh(journal):
+                return
+            time.sleep(0.5)
+        pytest.fail(f"not told: {words}\n{machine.lab.sh(journal)}")
+
+    # Somebody's request is under way, as a connection shows.
+    hold = "import socket, time; s = socket.create_connection(('127.0.0.1', 8101)); time.sleep(3600)"
+    machine.lab.sh(f'systemd-run --quiet --unit=client python3 -c "{hold}"')
+    first, second = machine.lab.play([role], **on), machine.lab.play([role], **on)
+    assert first.returncode == 0, first.stdout
+    assert "changed=0 " in second.stdout, second.stdout
+    told("113 MiB of VRAM are free, less than the reserve of 512; Ollama may be at work (1 connections)")
+    shown = machine.lab.sh(text)
+    assert f"{metric} 0" in shown
+    assert f"sottovoce_vram_reserve_bytes {512 << 20}" in shown
+
+    machine.lab.sh("systemctl stop client")
+    told("llama3.1:8b (6144 MiB) is idle and was unloaded: [113] MiB were free, now [113]")
+    told("Ollama has no model in VRAM that could be unloaded")
+    assert f"{metric} 1" in machine.lab.sh(text)
+
+    # Loaded again, it is kept; what was counted stays.
+    kept = machine.lab.play([role], **on, vram_exporter_keep_models=["llama3.1:8b"])
+    assert kept.returncode == 0, kept.stdout
+    machine.lab.sh("systemctl stop ollama")
+    machine.start()
+    told("llama3.1:8b is kept: nothing is unloaded")
+    off = machine.lab.play([role], vram_exporter_interval=1)
+    assert off.returncode == 0, off.stdout
+    machine.lab.sh("systemctl start vram-exporter")
+    shown = machine.lab.sh(text)
+    assert f"{metric} 1" in shown
+    assert "reserve_bytes" not in shown
+    assert machine.lab.play([role], vram_exporter_enabled=False).returncode == 0
 
 
 def test_nvidias_own_binding_runs_against_the_stand_in(library: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_every_figure_is_there_in_base_units() -> None:
     )  # the lost card, and a model that is listed twice
     assert found["sottovoce_vram_duration_seconds{}"] == 0.04
     names = {key.partition("{")[0].removeprefix(metrics.PREFIX) for key in found}
-    assert names == set(metrics.METRICS)
+    assert names == set(metrics.METRICS) - {"reserve_bytes", "evictions_total"}
 
 
 @given(st.text(), st.text())
@@ -176,3 +176,44 @@ def test_the_program_runs_alone(tmp_path: Path) -> None:
     assert found['sottovoce_vram_free_bytes{gpu="0",uuid="GPU-00000000-0000-0000-0000-000000000000",'
                  'name="NVIDIA RTX A5000"}'] == 24083 * MIB  # fmt: skip
     assert [path.name for path in tmp_path.glob("*prom*")] == ["vram.prom"]
+
+
+@pytest.mark.parametrize(
+    ("given", "plan"),
+    [
+        ({}, set()),
+        ({"gpu_vram_mib": 24576}, {"ollama", "speaches", "voicegate"}),
+        ({"gpu_vram_mib": 24576, "sottovoce_vram_plan": {"mine": 5}}, {"mine"}),
+        (
+            {"gpu_vram_mib": 24576, "sottovoce_vram_plan": {"mine": 5}, "vram_exporter_plan": {"other": 1}},
+            {"other"},
+        ),
+    ],
+)
+def test_the_plan_comes_from_the_planner_unless_somebody_wrote_one(
+    tmp_path: Path, given: dict[str, Any], plan: set[str]
+) -> None:
+    machine = {"instance_gpu": True, "instance_roles": ["ollama_server", "stt_server", "vram_exporter"]}
+    local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    # The defaults as a role has them: below host vars.
+    defaults = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+    inventory = {"instances": {"hosts": {"box": {**defaults, **local, **machine, **given}}}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    target = tmp_path / "plan.json"
+    task = {"ansible.builtin.copy": {"content": "{{ __vram_exporter_plan | to_json }}", "dest": str(target)}}
+    play = {
+        "hosts": "all",
+        "gather_facts": False,
+        "vars_files": [str(ROLE / "vars/main.yml")],
+        "tasks": [task],
+    }
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    program = str(Path(sys.executable).parent / "ansible-playbook")
+    done = subprocess.run(
+        [program, "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    found = json.loads(target.read_text())
+    assert set(found) == plan
+    vram.plan_of(found)

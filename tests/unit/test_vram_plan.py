@@ -244,7 +244,12 @@ def test_plan_of_a_machine() -> None:
         "llama3.1:8b",
         "nomic-embed-text",
     ]
-    assert set(plan["units"]) == {"speaches", "ollama"}
+    # Where Speaches cannot be had, voicegate runs instead, and takes one window at a time.
+    assert set(plan["units"]) == {"speaches", "voicegate", "ollama"}
+    assert plan["units"]["speaches"]["peak_mib"] == plan["parts"][0]["peak_mib"] == 3739
+    assert plan["units"]["voicegate"]["peak_mib"] == 2403
+    alone = request_.plan({**GPU, "gpu_card": "RTX 3090", "stt_server_engine_fallback": ""})
+    assert set(alone["units"]) == {"speaches", "ollama"}
     assert filters.vram_plan_fit_target({"a": plan}) == plan["settings"]["fit_target_mib"] > 1024
     assert filters.vram_plan_units({"a": plan}) == plan["units"]
 
@@ -303,12 +308,55 @@ def test_auto_is_what_fits_and_what_the_card_can_do() -> None:
     assert filters.vram_plan_speech(filters.vram_plans(["a"], {"a": auto})) == {}
 
 
+def test_turns_are_carried_out_by_the_builtin_engine() -> None:
+    """What fits only one at a time: refused with turns proposed, then taken, and told to voicegate."""
+    tight = {
+        **GPU,
+        "gpu_vram_mib": 8192,
+        "stt_server_engine": "builtin",
+        "ollama_default_model": "llama3.1:8b",
+        "ollama_context_length": 4096,
+    }
+    assert "yield" in " ".join(request_.plan(tight)["lines"])
+    plan = request_.plan({**tight, "vram_policy": "yield"})
+    assert (plan["status"], plan["verdict"]) == ("fits", vram.ONE_AT_A_TIME)
+    wanted = {"fallback": ["int8", "cpu"], "pinned": ["nomic-embed-text"], "reload": True}
+    roles = ["ollama_server", "stt_server"]
+    turns = filters.vram_plan_turns({"a": plan}, roles, "0.0.0.0:11500", wanted)
+    need, int8 = plan["settings"]["speech_need_mib"], plan["settings"]["speech_int8_mib"]
+    assert 0 < int8 < need
+    assert turns == {
+        "vram_policy": "yield",
+        "vram_need_mib": need,
+        "vram_fallback": f"int8={int8},cpu",
+        "ollama_url": "http://127.0.0.1:11500",
+        "ollama_pinned": "nomic-embed-text",
+        "ollama_reload": "true",
+    }
+    assert filters.vram_plan_turns({"a": plan}, ["stt_server"], "x", wanted)["ollama_url"] == ""
+    assert filters.vram_plan_turns(filters.vram_plans(["a"], {"a": GPU}), roles, "x", wanted) == {}
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
         ({"gpu_vram_mib": "much"}, "gpu_vram_mib"),
         ({"gpu_card": "RTX 0"}, "RTX 0"),
-        ({"gpu_vram_mib": 8192, "vram_policy": "yield"}, "vram_policy"),
+        (
+            {"gpu_vram_mib": 8192, "vram_policy": "yield"},
+            "vram_policy: 'yield' is carried out by the engine builtin",
+        ),
+        ({"vram_policy": "exclusive"}, "vram_policy: 'exclusive' needs to know how large the card is"),
+        ({"gpu_vram_mib": 8192, "vram_policy": "turns"}, "vram_policy 'turns' is not one of"),
+        (
+            {
+                "gpu_vram_mib": 8192,
+                "vram_policy": "yield",
+                "stt_server_engine": "builtin",
+                "stt_server_model": "/srv/own",
+            },
+            "needs a speech model of known size",
+        ),
         ({"gpu_vram_mib": 8192, "stt_server_model": "lrge"}, "stt_server_model"),
         ({"gpu_vram_mib": 8192, "ollama_context_length": "long"}, "ollama_context_length"),
         ({"gpu_vram_mib": 8192, "stt_server_quantization": "int3"}, "int3"),

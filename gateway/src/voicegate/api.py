@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from voicegate import __version__, errors, formats, keys, openapi, page_api, status_api
+from voicegate import __version__, errors, formats, jobs_api, keys, openapi, page_api, status_api
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -22,16 +22,21 @@ from voicegate.http import (
     Gate,
     add_error_handlers,
     chunks,
+    client_of,
     unless_disconnected,
     with_pauses,
 )
+from voicegate.jobs import Jobs
 from voicegate.logs import event
-from voicegate.metrics import GpuReader, MeasuredEngine, Metrics
+from voicegate.metrics import GpuReader, MeasuredEngine, Metrics, TurnsReader
 from voicegate.models import ModelName
+from voicegate.proxy import METHODS, Proxy
 from voicegate.settings import Settings
 from voicegate.transcription import Asked, answer, parse, parse_subtitles
 from voicegate.uploads import Form, read_form
 
+# With an upstream: its models, what it speaks, and its own API, as far as there is nothing of ours.
+PASSED_ON = ("/v1/{path:path}", "/api/{path:path}")
 OPEN_PATHS = page_api.PATHS | {"/health", "/ready", "/openapi.json"}
 
 
@@ -39,15 +44,21 @@ def create_app(
     settings: Settings,
     model: ModelName,
     engine: Engine,
+    jobs: Jobs | None = None,
     metrics: Metrics | None = None,
     gpu: GpuReader | None = None,
+    turns: TurnsReader | None = None,
 ) -> ASGIApp:
-    """`gpu` reads the card's memory, for /status and /metrics."""
+    """`gpu` reads the card's memory and `turns` who made room on it, for /status and /metrics.
+
+    With `metrics` the engine is one that is measured by them already.
+    """
     started = int(time.time())
     app = FastAPI(title="voicegate", version=__version__, docs_url=None, redoc_url=None)
-    metrics = metrics or Metrics()
-    metrics.watch(engine, gpu)
-    engine = MeasuredEngine(engine, metrics)
+    if metrics is None:
+        metrics = Metrics()
+        engine = MeasuredEngine(engine, metrics)
+    metrics.watch(engine, gpu, turns)
 
     async def transcriptions(request: Request) -> Response:
         return await speech(request, "transcribe")
@@ -72,7 +83,7 @@ def create_app(
         handed_over = False
         try:
             asked = read(form, task, model, settings)
-            items = engine.transcribe(asked.upload, asked.options)
+            items = engine.transcribe(asked.upload, asked.options, client=client_of(request))
             if asked.stream:
                 response = await _stream(request, items, form, asked.options.words, settings.log_text)
                 handed_over = True
@@ -100,10 +111,16 @@ def create_app(
     post("/v1/audio/transcriptions", transcriptions, openapi.TRANSCRIPTIONS)
     post("/v1/audio/translations", translations, openapi.TRANSLATIONS)
     post("/v1/audio/subtitles", captions, openapi.SUBTITLES)
-    app.add_api_route("/v1/models", list_models, methods=["GET"], **openapi.MODELS)
-    app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"], **openapi.MODEL)
     status_api.add_routes(app, settings, model, engine, metrics, gpu)
     page_api.add_routes(app)
+    jobs_api.add_routes(app, settings, model, jobs)
+    if settings.upstream:
+        proxy = Proxy(settings)
+        for path in PASSED_ON:
+            app.add_api_route(path, proxy.pass_on, methods=list(METHODS), include_in_schema=False)
+    else:
+        app.add_api_route("/v1/models", list_models, methods=["GET"], **openapi.MODELS)
+        app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"], **openapi.MODEL)
     add_error_handlers(app)
     known = keys.from_settings(settings)
     openapi.describe(app, known.needed, OPEN_PATHS)

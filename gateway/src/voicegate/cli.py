@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -12,10 +13,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from voicegate import __version__, keys, logs, models
+from voicegate.engine import Engine
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
+
+if TYPE_CHECKING:
+    from voicegate.wyoming_server import Wyoming
 
 EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
 EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
@@ -76,11 +82,13 @@ def run_server(settings: Settings) -> int:
     # Whatever a library might want to look up or report: this process talks to its clients only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
-    try:
-        folder = models.locate(model, settings.revision or None)
-    except ModelUnavailable as error:
-        print(f"voicegate: --model: {error}", file=sys.stderr)
-        return EXIT_SETTINGS
+    folder: Path | None = None
+    if not settings.upstream:
+        try:
+            folder = models.locate(model, settings.revision or None)
+        except ModelUnavailable as error:
+            print(f"voicegate: --model: {error}", file=sys.stderr)
+            return EXIT_SETTINGS
 
     try:
         return asyncio.run(_serve(settings, model, folder))
@@ -88,15 +96,62 @@ def run_server(settings: Settings) -> int:
         return 130
 
 
-async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> int:
-    import uvicorn
+def make_engine(settings: Settings, folder: Path | None) -> Engine:
+    """The model in `folder`, or the upstream if there is none."""
+    if folder is None:
+        from voicegate.upstream import UpstreamEngine
 
-    from voicegate.api import create_app
+        return UpstreamEngine(settings)
     from voicegate.process import ProcessEngine
 
-    engine = ProcessEngine(settings, folder)
+    return ProcessEngine(settings, folder)
+
+
+async def start_wyoming(settings: Settings, model: models.ModelName, engine: Engine) -> Wyoming | None:
+    """None if it is not wanted, or its port cannot be had, which is logged."""
+    if settings.wyoming_port < 0:
+        return None
+    from voicegate.wyoming_server import Wyoming
+
+    server = Wyoming(settings, model, engine)
+    try:
+        await server.start()
+    except OSError as error:
+        logs.event(
+            "cannot_listen", level=logging.ERROR, host=settings.host, port=settings.wyoming_port,
+            error=error.strerror,
+        )  # fmt: skip
+        return None
+    return server
+
+
+async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
+    import uvicorn
+
+    from voicegate import peace
+    from voicegate.api import create_app
+    from voicegate.jobs import Jobs
+    from voicegate.metrics import MeasuredEngine, Metrics, read_gpu
+    from voicegate.store import StoreError
+
+    engine = make_engine(settings, folder)
+    metrics = Metrics()
+    measured = MeasuredEngine(engine, metrics)
+    try:
+        jobs = await Jobs.open(settings, measured) if settings.data_dir else None
+    except StoreError as error:
+        print(f"voicegate: --data-dir: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
     config = uvicorn.Config(
-        create_app(settings, model, engine),
+        create_app(
+            settings,
+            model,
+            measured,
+            jobs,
+            metrics,
+            gpu=None if settings.device == "cpu" else functools.partial(read_gpu, settings.device_index),
+            turns=lambda: peace.counted(getattr(engine, "peace", None)),
+        ),
         host=settings.host,
         port=settings.port,
         http="h11",
@@ -129,11 +184,27 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
                 version=__version__,
             )
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            if jobs is not None:
+                jobs.end_streams()  # else it waits for clients that wait for a job
+            await super().shutdown(sockets)
+
     server = Server(config)
     try:
         sockets = [config.bind_socket()]
+        # asyncio sets it only on sockets of a named protocol, which uvicorn's are not; without it the body of
+        # an answer waits until the client has acknowledged its head: 40 ms.
+        sockets[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except SystemExit:  # uvicorn has logged the reason, but not the address
         logs.event("cannot_listen", level=logging.ERROR, host=settings.host, port=settings.port)
+        if jobs is not None:
+            await jobs.stop()
+        await engine.stop()
+        return EXIT_FAILED
+    wyoming = await start_wyoming(settings, model, measured)
+    if settings.wyoming_port >= 0 and wyoming is None:
+        if jobs is not None:
+            await jobs.stop()
         await engine.stop()
         return EXIT_FAILED
     failure: list[str] = []
@@ -148,10 +219,16 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path) -> i
             server.should_exit = True
 
     loading = asyncio.create_task(load())
+    if jobs is not None:
+        jobs.start()
     try:
         await server.serve(sockets)
     finally:
         loading.cancel()
+        if wyoming is not None:
+            await wyoming.stop()
+        if jobs is not None:
+            await jobs.stop()
         await engine.stop()
         for item in sockets:
             item.close()

@@ -13,11 +13,12 @@ LoadState = Literal["loading", "loaded", "unloaded", "reloading", "failed"]
 
 
 class Rank(IntEnum):
-    """Who goes first where several wait; within a rank the first come."""
+    """Who goes first where several wait (see `worker.choose`)."""
 
     SERVER = 0  # the server's own: loading, unloading
-    INTERACTIVE = 1  # somebody waits for the answer
-    JOB = 2  # stored; the result is fetched later
+    LIVE = 1  # somebody speaks and waits for the words
+    INTERACTIVE = 2  # somebody waits for the answer
+    JOB = 3  # stored; the result is fetched later
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Options:
     temperature: float = 0.0
     words: bool = False
     hotwords: str | None = None  # words to expect, given to the decoder in every window
+    model: str = ""  # another than the server's own; only an upstream may have one
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,10 @@ class Engine(Protocol):
         """ApiError (429) if a request would be refused now."""
 
     def transcribe(
-        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE
+        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE, client: str = ""
     ) -> AsyncGenerator[Info | Segment, None]:
         """One Info, then segments as they are decoded. Closing it cancels the work.
 
+        `client`: whose request it is; within a rank the clients share the engine's time fairly.
         ApiError: 503 `model_load_failed`, `engine_down` (its process ended), `out_of_memory`; 400 for audio.
         """

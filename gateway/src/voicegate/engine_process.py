@@ -1,12 +1,14 @@
 """The engine's process: `python -m voicegate.engine_process DESCRIPTOR`, started by `process`.
 
-The main thread computes; a second one listens, so that a cancellation is seen between two segments and
-the process ends as soon as the server does, however that ended.
+The main thread computes, one step of one transcription when the server asks for it. One thread listens, so
+that the process ends as soon as the server does, however that ended. Each transcription is prepared by a
+thread of its own: reading a long file must not hold up a short one.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import os
 import queue
@@ -14,12 +16,16 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from voicegate import errors, logs, wire
-from voicegate.engine import Info
+from voicegate.engine import Info, Segment
 from voicegate.errors import ApiError, ModelUnavailable
+
+if TYPE_CHECKING:
+    from voicegate.whisper import Whisper
 
 
 class Channel:
@@ -27,10 +33,12 @@ class Channel:
         self.commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.files: collections.deque[int] = collections.deque()
         self._connection = connection
+        self._sending = threading.Lock()
         self._cancelled: set[int] = set()
 
-    def send(self, kind: str, value: Any = None) -> None:
-        self._connection.sendall(wire.pack(kind, value))
+    def send(self, kind: str, value: Any = None, number: int | None = None) -> None:
+        with self._sending:
+            self._connection.sendall(wire.pack(kind, value, number=number))
 
     def cancelled(self, number: int) -> bool:
         return number in self._cancelled
@@ -41,7 +49,10 @@ class Channel:
     def listen(self) -> None:
         pending = bytearray()
         while True:
-            data, files, _flags, _address = socket.recv_fds(self._connection, 65536, 4)
+            try:
+                data, files, _flags, _address = socket.recv_fds(self._connection, 65536, 4)
+            except ConnectionError:  # killed before it had read everything
+                os._exit(0)
             if not data:  # the server is gone: nothing here is of use to anybody
                 os._exit(0)
             self.files.extend(files)
@@ -50,10 +61,9 @@ class Channel:
             pending = rest
             for line in lines:
                 message = wire.unpack(bytes(line))
-                if message["kind"] == "cancel":
-                    self._cancelled.add(message["value"])
-                else:
-                    self.commands.put(message)
+                if message["kind"] == "cancel":  # seen while it is prepared
+                    self._cancelled.add(message["number"])
+                self.commands.put(message)
 
 
 def main() -> None:
@@ -77,23 +87,75 @@ def main() -> None:
         "loaded",
         {"device": whisper.device, "compute_type": whisper.compute_type, "languages": whisper.languages},
     )
-    while True:
-        command = channel.commands.get()
+    Transcriptions(channel, whisper).serve()
+
+
+class Transcriptions:
+    """Those that are open, each where it was left."""
+
+    def __init__(self, channel: Channel, whisper: Whisper) -> None:
+        self._channel = channel
+        self._whisper = whisper
+        self._open: dict[int, tuple[str, Iterator[Segment]]] = {}  # request id, what is left
+
+    def serve(self) -> None:
+        while True:
+            command = self._channel.commands.get()
+            match command["kind"]:
+                case "transcribe":
+                    file = self._channel.files.popleft()
+                    threading.Thread(target=self._prepare, args=(command, file), daemon=True).start()
+                case "step":
+                    self._step(command["number"])
+                case "prepared":
+                    self._prepared(command)
+                case "cancel":
+                    if self._open.pop(command["number"], None):
+                        self._channel.forget(command["number"])
+
+    def _prepare(self, command: dict[str, Any], file: int) -> None:
         number = command["number"]
-        token = logs.request_id.set(command["request_id"])
-        with os.fdopen(channel.files.popleft(), "rb") as source:
-            try:
-                cancelled = functools.partial(channel.cancelled, number)
-                for item in whisper.transcribe(source, wire.options_from(command["value"]), cancelled):
-                    channel.send("info" if isinstance(item, Info) else "segment", item)
-                channel.send("end")
-            except ApiError as error:
-                channel.send("error", wire.error_to(error))
-            except Exception:
-                logs.logger.exception("transcription_failed")
-                channel.send("error", wire.error_to(errors.internal()))
-        channel.forget(number)
+        opened: tuple[Info, Iterator[Segment]] | None = None
+        logs.request_id.set(command["request_id"])
+        with os.fdopen(file, "rb") as source, self._told(number):
+            cancelled = functools.partial(self._channel.cancelled, number)
+            opened = self._whisper.open(source, wire.options_from(command["value"]), cancelled)
+        # Back to the main thread, which alone knows what is open.
+        self._channel.commands.put(
+            {"kind": "prepared", "number": number, "request_id": command["request_id"], "opened": opened}
+        )
+
+    def _prepared(self, command: dict[str, Any]) -> None:
+        number = command["number"]
+        if command["opened"] is None or self._channel.cancelled(number):
+            self._channel.forget(number)
+            return
+        info, segments = command["opened"]
+        self._open[number] = (command["request_id"], segments)
+        self._channel.send("info", info, number)
+
+    def _step(self, number: int) -> None:
+        request_id, segments = self._open[number]
+        token = logs.request_id.set(request_id)
+        ended = True
+        with self._told(number):
+            segment = next(segments, None)
+            ended = segment is None
+            self._channel.send("end" if ended else "segment", segment, number)
         logs.request_id.reset(token)
+        if ended:
+            del self._open[number]
+
+    @contextlib.contextmanager
+    def _told(self, number: int) -> Iterator[None]:
+        """Failures go to the server."""
+        try:
+            yield
+        except ApiError as error:
+            self._channel.send("error", wire.error_to(error), number)
+        except Exception:
+            logs.logger.exception("transcription_failed")
+            self._channel.send("error", wire.error_to(errors.internal()), number)
 
 
 if __name__ == "__main__":

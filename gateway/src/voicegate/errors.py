@@ -106,6 +106,12 @@ def key_limit(limit: str, retry_after: int) -> ApiError:
     )
 
 
+def no_space(what: str, reason: object) -> ApiError:
+    return ApiError(
+        507, f"The server could not store the {what}: {reason}.", type="server_error", code="no_space"
+    )
+
+
 def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, type="server_error", code=code)
 
@@ -122,6 +128,37 @@ def engine_down() -> ApiError:
 
 def out_of_memory() -> ApiError:
     return unavailable("The device ran out of memory.", "out_of_memory")
+
+
+def engine_unreachable(url: str) -> ApiError:
+    return unavailable(f"The speech engine at {url} cannot be reached.", "engine_unreachable")
+
+
+def engine_timeout(seconds: int) -> ApiError:
+    return ApiError(
+        504,
+        f"The speech engine did not answer within {seconds} s.",
+        type="server_error",
+        code="engine_timeout",
+    )
+
+
+def engine_answer(detail: str) -> ApiError:
+    return ApiError(
+        502,
+        f"The speech engine's answer cannot be read: {detail}.",
+        type="server_error",
+        code="engine_answer",
+    )
+
+
+def vram_busy(models: list[str]) -> ApiError:
+    error = unavailable(
+        f"The card is taken by {', '.join(models)}, and only one may be on it at a time.",
+        "vram_busy",
+    )
+    error.headers["Retry-After"] = "10"
+    return error
 
 
 def only_english(model: str) -> ApiError:

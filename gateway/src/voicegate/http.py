@@ -27,6 +27,7 @@ from voicegate.metrics import Metrics
 T = TypeVar("T")
 
 ERROR_CODE = "voicegate.error_code"  # where a request's scope holds why it failed
+KEY_NAME = "voicegate.key"
 
 RECEIVE_TIMEOUT = 60.0  # seconds without a byte of an upload
 KEEP_ALIVE = 15.0  # seconds between signs of life in a stream
@@ -157,6 +158,11 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 _REQUEST_ID = re.compile(r"^[\w.:/+=-]{1,128}$", re.ASCII)
 
 
+def client_of(request: Request) -> str:
+    """Who asks, for a fair order: the name of the key, without one the address."""
+    return str(request.scope.get(KEY_NAME) or (request.client.host if request.client else ""))
+
+
 class Gate:
     """Around every request: its id, the key, one line in the log, metrics, failures in OpenAI's shape."""
 
@@ -190,6 +196,7 @@ class Gate:
         try:
             if scope["path"] not in self._open_paths:
                 key = self._keys.find(headers.get(b"authorization", b""))
+            scope[KEY_NAME] = key.name if key else ""
             # Looking is free, work is counted.
             with self._keys.work(key if scope["method"] == "POST" else None):
                 await self._app(scope, receive, send_with_id)

@@ -10,10 +10,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from voicegate import logs
+from voicegate import card, logs
 from voicegate.engine import Capabilities, Engine, Info, Options, Rank, Segment, Source, Status
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -39,7 +39,22 @@ class Gpu:
     free: int
 
 
+def read_gpu(index: int) -> Gpu | None:
+    found = card.read(index)
+    if found is None:
+        return None
+    mib = card.MIB
+    return Gpu(found.name, found.total_mib * mib, found.used_mib * mib, found.free_mib * mib)
+
+
 GpuReader = Callable[[], Gpu | None]  # None: not known now
+# What `peace.counted` gives: decisions by step, evictions and repairs by model.
+TurnsReader = Callable[[], Mapping[str, Mapping[str, int]]]
+_TURNS = {
+    "decisions": ("step", "Decisions about the card's memory before the model was loaded"),
+    "evictions": ("model", "Models that Ollama was asked to let go"),
+    "repairs": ("model", "Models of Ollama that were loaded again without layers on the CPU"),
+}
 
 
 class Metrics:
@@ -87,18 +102,19 @@ class Metrics:
 
         logs.observers.append(observe)
 
-    def watch(self, engine: Engine, gpu: GpuReader | None) -> None:
+    def watch(self, engine: Engine, gpu: GpuReader | None, turns: TurnsReader | None = None) -> None:
         """Read the engine's state and the card's memory whenever somebody asks for the metrics."""
-        self.registry.register(_State(engine, gpu))
+        self.registry.register(_State(engine, gpu, turns))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
 
 class _State(Collector):
-    def __init__(self, engine: Engine, gpu: GpuReader | None) -> None:
+    def __init__(self, engine: Engine, gpu: GpuReader | None, turns: TurnsReader | None) -> None:
         self._engine = engine
         self._gpu = gpu
+        self._turns = turns
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -112,13 +128,19 @@ class _State(Collector):
             ("model_loaded", "1 while the model is in memory", int(status.state == "loaded")),
         ):
             yield GaugeMetricFamily(f"voicegate_{name}", help, value=value)
-        card = self._gpu() if self._gpu else None
-        if card is not None:
+        for kind, counts in (self._turns() if self._turns else {}).items():
+            label, help = _TURNS[kind]
+            counted = CounterMetricFamily(f"voicegate_vram_{kind}", help, labels=(label,))
+            for named, count in counts.items():
+                counted.add_metric((named,), count)
+            yield counted
+        gpu = self._gpu() if self._gpu else None
+        if gpu is not None:
             family = GaugeMetricFamily(
                 "voicegate_gpu_memory_bytes", "Memory of the card", labels=("gpu", "kind")
             )
-            for kind, size in (("total", card.total), ("used", card.used), ("free", card.free)):
-                family.add_metric((card.name, kind), size)
+            for kind, size in (("total", gpu.total), ("used", gpu.used), ("free", gpu.free)):
+                family.add_metric((gpu.name, kind), size)
             yield family
 
 
@@ -158,12 +180,12 @@ class MeasuredEngine:
         self._engine.check_room()
 
     async def transcribe(
-        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE
+        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE, client: str = ""
     ) -> AsyncGenerator[Info | Segment, None]:
         asked = time.monotonic()
         timed = _Timed(source)
         info: Info | None = None
-        async with aclosing(self._engine.transcribe(timed, options, rank)) as items:
+        async with aclosing(self._engine.transcribe(timed, options, rank, client)) as items:
             async for item in items:
                 if isinstance(item, Info):
                     info = item

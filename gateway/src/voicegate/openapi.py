@@ -69,6 +69,19 @@ SCHEMAS: dict[str, Schema] = {
             ref("Error"),
         ],
     },
+    "JobId": _object(id=_TEXT),
+    "Job": _object(
+        ("id", "object", "status", "progress", "task", "error"),
+        id=_TEXT, object={"const": "job"}, progress={"type": "number", "minimum": 0, "maximum": 100},
+        status={"enum": ["queued", "running", "done", "failed", "cancelled"]},
+        task={"enum": ["transcribe", "translate"]}, error={"type": ["object", "null"]},
+        segments=_array({"type": "object"}),
+    ),
+    "JobPage": _object(
+        object={"const": "list"}, data=_array(ref("Job")), first_id=_nullable("string"),
+        last_id=_nullable("string"), has_more={"type": "boolean"},
+    ),
+    "Deliveries": _object(object={"const": "list"}, data=_array({"type": "object"})),
     "Model": _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT),
     "Models": _object(object={"const": "list"}, data=_array(ref("Model"))),
     "Health": _object(
@@ -139,6 +152,7 @@ def _form(**fields: Schema) -> Schema:
     }
 
 
+_SEEN: Schema = {"description": "Its end was seen: there is nothing more"}
 _PROMPT = {"type": "string", "description": "Text that came before, or how names are spelled"}
 _HOTWORDS = {"type": "string", "description": "Words to expect, throughout the file"}
 _LANGUAGE = {"type": "string", "description": "ISO-639-1 code, English name, or `auto`"}
@@ -193,6 +207,45 @@ SUBTITLES = _route(
         max_chars_per_second={"type": "number", "minimum": 0, "maximum": 100, "default": 17},
     ),
 )
+_JOB: dict[int | str, Schema] = {200: _json("The job", "Job")}
+JOB_NEW = _route(
+    "Hand in a recording to transcribe later",
+    {202: _json("Stored; Location says where the job is", "JobId"), 200: _json("Stored before", "JobId")},
+    {
+        "type": "object",
+        "required": ["audio"],
+        "properties": {
+            "audio": {"type": "string", "format": "binary", "description": "Audio or video"},
+            "language": _LANGUAGE,
+            "task": {"type": "string", "enum": ["transcribe", "translate"], "default": "transcribe"},
+            "priority": {"type": "string", "enum": ["high", "normal", "low"], "default": "normal"},
+            "response_format": _KIND,
+            "prompt": _PROMPT,
+            "temperature": _TEMPERATURE,
+            "webhook_url": {"type": "string", "description": "Who is called when the job has ended"},
+        },
+    },
+)
+JOB_LIST = _route("Jobs, the newest first", {200: _json("A page of them", "JobPage")})
+JOB = _route("How a job is", _JOB)
+JOB_CANCEL = _route("Cancel a job", _JOB)
+JOB_STREAM = _route(
+    "A job's segments as they come",
+    {200: _answer("Events", **{"text__event-stream": {"type": "object"}}), 204: _SEEN},
+)
+JOB_RESULT = _route(
+    "The transcript of a job that is done",
+    {
+        200: _answer(
+            "In the format asked for",
+            application__json={"type": "object"},
+            text__plain=_TEXT,
+            text__vtt=_TEXT,
+            **{"application__x-subrip": _TEXT},
+        )
+    },
+)
+JOB_DELIVERIES = _route("Calls of a job's webhook", {200: _json("All of them", "Deliveries")})
 MODELS = _route("The models that are served", {200: _json("All of them", "Models")})
 MODEL = _route("One model", {200: _json("It", "Model")})
 HEALTH = _route(

@@ -1,8 +1,8 @@
 """The engine `builtin` as the server sees it: a process that can be ended at any time.
 
 Only the end of a process returns all of its memory, a CUDA context included. So unloading ends it, and
-so does running out of memory. A process that ended by itself is started again, and the request it was
-working on gets an error that says so.
+so does running out of memory. A process that ended by itself is started again; requests it was working on
+get an error that says so, those it had only prepared are handed to the next one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import itertools
 import logging
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from voicegate import errors, wire
 from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segment, Source, Status
 from voicegate.errors import ApiError, ModelUnavailable
 from voicegate.logs import event, request_id
+from voicegate.peace import Peace
 from voicegate.settings import Settings
-from voicegate.worker import Job, Worker, stream
+from voicegate.worker import Job, OneStep, Worker, stream
 
 PATIENCE = 30.0  # seconds a cancelled transcription has for its current segment
 RESTART_PAUSES = (0.0, 1.0, 5.0, 30.0)  # seconds before a process that keeps ending is started again
@@ -41,6 +42,9 @@ class Process:
         self._process = process
         self._connection = connection
         self._numbers = itertools.count()
+        self._inboxes: dict[int | None, asyncio.Queue[dict[str, Any]]] = {None: asyncio.Queue()}
+        self.alive = True
+        self._reading: asyncio.Task[None]
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter
 
@@ -54,34 +58,55 @@ class Process:
             )  # fmt: skip
         self = cls(process, ours)
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.LINE_LIMIT)
+        self._reading = asyncio.create_task(self._read())
         return self
 
-    async def receive(self) -> dict[str, Any]:
-        try:
-            line = await self._reader.readline()
-        except ConnectionError as error:
-            raise Ended from error
-        if not line.endswith(b"\n"):
+    async def _read(self) -> None:
+        """Hand every message to the transcription that it belongs to."""
+        with contextlib.suppress(ConnectionError):
+            while (line := await self._reader.readline()).endswith(b"\n"):
+                message = wire.unpack(line)
+                # What was closed in the meantime has no inbox any more.
+                if (inbox := self._inboxes.get(message["number"])) is not None:
+                    inbox.put_nowait(message)
+        self.alive = False
+        for inbox in self._inboxes.values():
+            inbox.put_nowait({"kind": "ended"})
+
+    async def receive(self, number: int | None = None) -> dict[str, Any]:
+        """The next message of a transcription; without a number, the answer to `load`."""
+        message = await self._inboxes[number].get()
+        if message["kind"] == "ended":
+            self._inboxes[number].put_nowait(message)
             raise Ended
-        return wire.unpack(line)
+        return message
 
     def send(self, message: bytes) -> None:
         self._writer.write(message)
 
     def ask(self, source: Source, options: Options) -> int:
-        """Hand a transcription over; the number cancels it."""
+        """Hand a transcription over; the number is for `step`, `receive` and `close`."""
         number = next(self._numbers)
         message = wire.pack("transcribe", options, number=number, request_id=request_id.get())
+        if not self.alive:
+            raise Ended
         try:
             sent = socket.send_fds(self._connection, [message], [source.descriptor()])
         except OSError as error:
             raise Ended from error
         if sent < len(message):
             self._writer.write(message[sent:])
+        self._inboxes[number] = asyncio.Queue()
         return number
 
-    def cancel(self, number: int) -> None:
-        self.send(wire.pack("cancel", number))
+    def step(self, number: int) -> None:
+        self.send(wire.pack("step", number=number))
+
+    def close(self, number: int, ended: bool) -> None:
+        """Nothing more is wanted of this one; `ended`: there is nothing more."""
+        self._inboxes.pop(number, None)
+        if self.alive and not ended:
+            self.send(wire.pack("cancel", number=number))
 
     async def wait(self) -> int:
         return await self._process.wait()
@@ -92,6 +117,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
+        await self._reading
 
 
 class ProcessEngine:
@@ -101,24 +127,40 @@ class ProcessEngine:
         self._worker = Worker(settings.queue_limit)
         self._process: Process | None = None
         self._loading: Process | None = None
+        self._load_lock = asyncio.Lock()  # several may be prepared at once
         self._state: LoadState = "loading"
         self._error: str | None = None
         self._device = settings.device
         self._compute_type = settings.compute_type
         self._capabilities: Capabilities | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._active = 0
         self._failures = 0  # ends in a row without a transcription between them
         self._stopping = False
+        self.peace = Peace.of(settings)
         self.name = f"faster-whisper {importlib.metadata.version('faster-whisper')}"
 
     async def start(self) -> None:
-        await self._internal(self._load)
+        if self.peace is not None:
+            self.peace.watch(self)
+        try:
+            await self._internal(self._load)
+        except ApiError as error:
+            # No room on the card now. Whoever asks first tries again.
+            event("not_loaded_yet", level=logging.WARNING, code=error.code)
         self._rest()
+
+    def idle(self) -> bool:
+        return not self._active and not self._worker.running
+
+    def on_card(self) -> bool:
+        return self._process is not None
 
     async def stop(self) -> None:
         self._stopping = True
+        if self.peace is not None:
+            await self.peace.stop()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         processes, self._process = (self._process, self._loading), None
@@ -152,16 +194,16 @@ class ProcessEngine:
         self._worker.check_room()
 
     async def transcribe(
-        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE
+        self, source: Source, options: Options, rank: Rank = Rank.INTERACTIVE, client: str = ""
     ) -> AsyncGenerator[Info | Segment, None]:
-        async def run(job: Job[Info | Segment]) -> None:
-            await self._transcribe(job, source, options)
+        def make(job: Job[Info | Segment]) -> Transcription:
+            return Transcription(self, job, source, options)
 
         if self._idle_timer is not None:
             self._idle_timer.cancel()
         self._active += 1
         try:
-            async with contextlib.aclosing(stream(self._worker, run, rank)) as items:
+            async with contextlib.aclosing(stream(self._worker, make, rank, client)) as items:
                 async for item in items:
                     yield item
         finally:
@@ -172,24 +214,41 @@ class ProcessEngine:
         """End the process after what runs; the next request starts one."""
         await self._internal(self._unload)
 
-    # -- one at a time, in the worker
+    # -- between two steps, in the worker
 
-    async def _internal(self, work: Any) -> None:
-        async def run(job: Job[None]) -> None:
-            await work()
+    async def _internal(self, work: Callable[[], Awaitable[Any]]) -> None:
+        def make(job: Job[None]) -> OneStep:
+            return OneStep(work)
 
-        async with contextlib.aclosing(stream(self._worker, run, Rank.SERVER)) as items:
+        async with contextlib.aclosing(stream(self._worker, make, Rank.SERVER)) as items:
             async for _unused in items:
                 pass
 
     async def _load(self) -> Process:
+        # In a task of its own: whoever asked for it may be cancelled, the process is for all.
+        task = asyncio.create_task(self._load_locked())
+        self._tasks.add(task)
+        task.add_done_callback(self._loaded)
+        return await asyncio.shield(task)
+
+    def _loaded(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear it; it is in `_error`
+
+    async def _load_locked(self) -> Process:
+        async with self._load_lock:
+            return await self._load_once()
+
+    async def _load_once(self) -> Process:
         if self._process is not None:
             return self._process
         self._state = "loading" if self._capabilities is None else "reloading"
+        settings = await self._make_room()
         process = self._loading = await Process.spawn()
         event("engine_started", pid=process.pid)
         try:
-            process.send(wire.pack("load", wire.settings_to(self._settings), folder=str(self._folder)))
+            process.send(wire.pack("load", wire.settings_to(settings), folder=str(self._folder)))
             answer = await process.receive()
         except Ended:
             code = await process.wait()
@@ -210,8 +269,18 @@ class ProcessEngine:
         self._process = process
         self._state = "loaded"
         self._error = None
-        self._spawn_task(self._note_end(process))
+        self._spawn_task(self.note_end(process))
         return process
+
+    async def _make_room(self) -> Settings:
+        """With what to load: as configured, or smaller where the card has no room and that is allowed."""
+        if self.peace is None:
+            return self._settings
+        try:
+            return await self.peace.before_load()
+        except ApiError:
+            self._state = "unloaded"
+            raise
 
     async def _unload(self) -> None:
         if self._active or self._process is None:
@@ -220,59 +289,29 @@ class ProcessEngine:
         event("model_unloaded", model=self._settings.model)
 
     async def _end(self) -> None:
-        process, self._process = self._process, None
-        self._state = "unloaded"
-        if process is not None:
-            await process.end()
+        async with self._load_lock:  # the next one is started when this one's memory is free
+            process, self._process = self._process, None
+            if process is not None:
+                await process.end()
+            self._state = "unloaded"
 
-    async def _transcribe(self, job: Job[Info | Segment], source: Source, options: Options) -> None:
+    # -- for transcriptions
+
+    async def load(self) -> Process:
+        """ApiError (503) if that fails."""
         try:
-            process = await self._load()
+            return await self._load()
         except ModelUnavailable as error:
             event("model_load_failed", level=logging.ERROR, error=str(error))
             raise errors.load_failed() from error
-        if job.cancelled.is_set():
-            return
-        stopping: asyncio.Task[None] | None = None
-        try:
-            try:
-                number = process.ask(source, options)
-            except Ended:  # while it had nothing to do, a moment ago
-                await self._note_end(process)
-                process = await self._load()
-                number = process.ask(source, options)
-            stopping = asyncio.create_task(self._stop_when_cancelled(job, process, number))
-            while True:
-                message = await process.receive()
-                match message["kind"]:
-                    case "info":
-                        job.emit(wire.info_from(message["value"]))
-                    case "segment":
-                        job.emit(wire.segment_from(message["value"]))
-                    case "error":
-                        raise wire.error_from(message["value"])
-                    case _:
-                        self._failures = 0
-                        return
-        except ModelUnavailable as error:
-            raise errors.load_failed() from error
-        except Ended as error:
-            await self._note_end(process)
-            raise errors.engine_down() from error
-        except ApiError as error:
-            if error.code == "out_of_memory":
-                await self._end()
-            raise
-        finally:
-            if stopping is not None:
-                stopping.cancel()
 
-    async def _stop_when_cancelled(self, job: Job[Info | Segment], process: Process, number: int) -> None:
-        await job.cancelled.wait()
-        process.cancel(number)
-        await asyncio.sleep(PATIENCE)
-        event("engine_stuck", level=logging.WARNING, seconds=PATIENCE)
-        await process.end()
+    async def end(self, process: Process) -> None:
+        """It ran out of memory: only its end returns all of that."""
+        if self._process is process:
+            await self._end()
+
+    def note_success(self) -> None:
+        self._failures = 0
 
     # -- beside it
 
@@ -281,7 +320,7 @@ class ProcessEngine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _note_end(self, process: Process) -> None:
+    async def note_end(self, process: Process) -> None:
         """It ended, and nobody here ended it: say so once, and start it again."""
         code = await process.wait()
         if self._process is not process or self._stopping:
@@ -313,6 +352,91 @@ class ProcessEngine:
     def _expire(self) -> None:
         if not self._active:
             self._spawn_task(self.unload())
+
+
+class Transcription:
+    """One request, open in the engine's process."""
+
+    def __init__(
+        self, engine: ProcessEngine, job: Job[Info | Segment], source: Source, options: Options
+    ) -> None:
+        self._engine = engine
+        self._job = job
+        self._source = source
+        self._options = options
+        self._process: Process | None = None
+        self._number = -1
+        self._begun = False  # a step of it has run
+        self._ended = False
+
+    async def prepare(self) -> None:
+        """Twice if the process ends meanwhile: nothing was computed yet, and the other may be to blame."""
+        for last in (False, True):
+            try:
+                self._process = process = await self._engine.load()
+                self._number = process.ask(self._source, self._options)
+                info = await self._receive(process)
+                break
+            except Ended as error:
+                await self._engine.note_end(process)
+                if last:
+                    raise errors.engine_down() from error
+        self._job.emit(wire.info_from(info["value"]))
+
+    async def step(self) -> bool:
+        process = self._process
+        if process is None:
+            raise errors.internal()
+        if not process.alive and not self._begun:
+            process = await self._again(process)
+        self._begun = True
+        stopping = asyncio.create_task(self._stop_when_cancelled(process))
+        try:
+            process.step(self._number)
+            message = await self._receive(process)
+        except Ended as error:
+            await self._engine.note_end(process)
+            raise errors.engine_down() from error
+        finally:
+            stopping.cancel()
+        if message["kind"] == "segment":
+            self._job.emit(wire.segment_from(message["value"]))
+            return True
+        self._ended = True
+        self._engine.note_success()
+        return False
+
+    async def _again(self, process: Process) -> Process:
+        """The process ended while this one waited for its first step: prepare it once more."""
+        await self._engine.note_end(process)
+        try:
+            self._process = process = await self._engine.load()
+            self._number = process.ask(self._source, self._options)
+            await self._receive(process)
+        except Ended as error:
+            await self._engine.note_end(process)
+            raise errors.engine_down() from error
+        return process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close(self._number, self._ended)
+
+    async def _receive(self, process: Process) -> dict[str, Any]:
+        message = await process.receive(self._number)
+        if message["kind"] == "error":
+            self._ended = True
+            error = wire.error_from(message["value"])
+            if error.code == "out_of_memory":
+                await self._engine.end(process)
+            raise error
+        return message
+
+    async def _stop_when_cancelled(self, process: Process) -> None:
+        await self._job.cancelled.wait()
+        await asyncio.sleep(PATIENCE)
+        event("engine_stuck", level=logging.WARNING, seconds=PATIENCE)
+        await process.end()
 
 
 def _how(code: int) -> str:

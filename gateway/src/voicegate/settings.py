@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voicegate import keys, languages, logs, models
+from voicegate import keys, languages, logs, models, webhook_rules
 from voicegate.errors import ModelUnavailable, SettingsError
+from voicegate.fallback import fallbacks
 
 DEVICES = ("auto", "cpu", "cuda")
 COMPUTE_TYPES = (
@@ -25,8 +27,13 @@ COMPUTE_TYPES = (
     "bfloat16",
     "float32",
 )
+POLICIES = ("resident", "yield", "exclusive")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
+# Read from <name>_file or the environment.
+SECRETS = ("api_key", "upstream_api_key", "webhook_secret")
+HEADER_SECRETS = ("api_key", "upstream_api_key")
+_URL = re.compile(r"^https?://[^\s/?#@]+(/[^\s?#]*)?$")
 
 
 def _setting(
@@ -69,12 +76,56 @@ class Settings:
     api_keys_file: str = _setting(
         "", "file with several keys, a line NAME:SHA256[:LIMITS] each (see 'voicegate key')"
     )
+    vram_policy: str = _setting(
+        "resident",
+        "resident stays loaded, yield and Ollama's idle models make room for each other, exclusive is alone",
+        choices=POLICIES,
+    )
+    vram_need_mib: int = _setting(
+        0, "VRAM the loaded model needs at its peak, in MiB (0: the card is not looked at)", low=0
+    )
+    vram_reserve_mib: int = _setting(0, "VRAM to leave free beside it, in MiB", low=0)
+    vram_wait: int = _setting(30, "seconds to wait for VRAM before a fallback is taken", low=0)
+    vram_fallback: str = _setting(
+        "", "what may be loaded where the model finds no room, such as int8=1500,cpu (default: nothing)"
+    )
+    ollama_url: str = _setting("", "Ollama that shares the card, such as http://127.0.0.1:11434")
+    ollama_pinned: str = _setting("", "models of Ollama that are never asked to go, with commas")
+    ollama_reload: bool = _setting(False, "load again what went for the speech model, when that has gone")
+    wyoming_port: int = _setting(
+        -1, "port for the Wyoming protocol of home automation (-1: off, 0: any free one)", low=-1, high=65535
+    )
+    upstream: str = _setting(
+        "", "URL of a speech server with OpenAI's API that does the work (default: the model runs here)"
+    )
+    upstream_model: str = _setting("", "what that server calls the model [--model]")
+    upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
+    upstream_api_key_file: str = _setting("", "file with the key that server wants")
+    data_dir: str = _setting(
+        "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
+    )
+    job_limit: int = _setting(1000, "jobs that may wait or run; more get status 429", low=1)
+    job_retention_hours: int = _setting(
+        168, "how long finished jobs are kept (0: until the quota needs the room)", low=0
+    )
+    job_quota_mib: int = _setting(
+        4096, "audio of unfinished and results of finished jobs, in MiB; the oldest finished go first", low=1
+    )
+    webhook_secret_file: str = _setting(
+        "", "file with the secret that signs webhooks, whsec_BASE64 (default: no webhooks)"
+    )
+    webhook_allow: str = _setting(
+        "",
+        "networks and host names that webhooks may call although they are loopback, link-local or metadata",
+    )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
     log_level: str = _setting("info", "how much to log", choices=LOG_LEVELS)
-    # Not an option: a key on a command line is in every process list.
+    # No options: a key on a command line is in every process list.
     api_key: str = field(default="", repr=False)
+    upstream_api_key: str = field(default="", repr=False)
+    webhook_secret: str = field(default="", repr=False)
 
     @classmethod
     def load(cls, given: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Settings:
@@ -154,28 +205,53 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
             changes["language"] = code
     if settings.upload_dir and not os.access(settings.upload_dir, os.W_OK | os.X_OK):
         problems.append(f"--upload-dir: cannot write to {settings.upload_dir}")
-    if settings.api_key_file:
+    if settings.webhook_secret_file or settings.webhook_secret:
+        where = "--webhook-secret-file" if settings.webhook_secret_file else f"{PREFIX}WEBHOOK_SECRET"
         try:
-            key = Path(settings.api_key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--api-key-file: {error}")
+            text = settings.webhook_secret
+            if settings.webhook_secret_file:
+                text = Path(settings.webhook_secret_file).read_text(encoding="ascii")
+            webhook_rules.secrets_from(text)
+        except (OSError, ValueError) as error:
+            problems.append(f"{where}: {error}")
         else:
-            changes["api_key"] = key
+            changes["webhook_secret"] = text
+    for name in HEADER_SECRETS:
+        if path := getattr(settings, f"{name}_file"):
+            try:
+                changes[name] = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{_flag(name)}-file: {error}")
+        key = changes.get(name, getattr(settings, name))
+        if not key.isascii() or not key.isprintable():
+            problems.append(
+                f"{PREFIX + name.upper()}: a key is one line of plain ASCII; it travels in an HTTP header"
+            )
+    for name in ("upstream", "ollama_url"):
+        if (url := getattr(settings, name)) and not _URL.match(url):
+            problems.append(f"{_flag(name)}: {url!r} is no URL such as http://127.0.0.1:8001")
+    try:
+        fallbacks(settings.vram_fallback)
+    except ValueError as error:
+        problems.append(f"--vram-fallback: {error}")
+    if settings.vram_policy == "exclusive" and settings.ttl < 0:
+        changes["ttl"] = 0  # who is alone on the card goes when idle
+    try:
+        webhook_rules.Allowed.parse(settings.webhook_allow)
+    except ValueError as error:
+        problems.append(f"--webhook-allow: {error}")
     if settings.api_keys_file:
         try:
             keys.read(settings.api_keys_file)
         except (OSError, ValueError) as error:
             problems.append(f"--api-keys-file: {error}")
-    key = changes.get("api_key", settings.api_key)
-    if not key.isascii() or not key.isprintable():
-        problems.append("the API key must be one line of plain ASCII: it travels in an HTTP header")
     return dataclasses.replace(settings, **changes), problems
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per setting. Values stay text: `Settings.load` checks options and environment alike."""
     for item in dataclasses.fields(Settings):
-        if item.name == "api_key":
+        if item.name in SECRETS:
             continue
         help = item.metadata["help"]
         if choices := item.metadata["choices"]:
@@ -188,13 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 _flag(item.name), dest=item.name, action="store_const", const="true", help=help
             )
-            group.add_argument(
-                f"--no-{item.name.replace('_', '-')}",
-                dest=item.name,
-                action="store_const",
-                const="false",
-                help="the opposite",
-            )
+            no = _flag(f"no_{item.name}")
+            group.add_argument(no, dest=item.name, action="store_const", const="false", help="the opposite")
         else:
             parser.add_argument(
                 _flag(item.name),

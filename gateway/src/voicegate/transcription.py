@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from voicegate import errors, formats, languages, subtitles
-from voicegate.engine import Info, Options, Segment, Task
+from voicegate.engine import Info, Options, Segment, Source, Task
 from voicegate.models import ModelName
 from voicegate.settings import Settings
-from voicegate.uploads import Form, Upload
+from voicegate.uploads import Form
 
 GRANULARITIES = ("segment", "word")
 SUBTITLES = ("srt", "vtt")
+RESULTS = ("json", "text", "txt", "srt", "vtt", "verbose_json")  # of a job
 
 
 @dataclass(frozen=True)
 class Asked:
     """A transcription request, checked."""
 
-    upload: Upload
+    upload: Source
     options: Options
     response_format: str
     granularities: tuple[str, ...]
@@ -30,21 +31,66 @@ class Asked:
 
 def parse_subtitles(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked:
     """The request for subtitles in `form`: srt (default) or vtt, and how they are laid out."""
-    task = "translate" if form.get("task") == "translate" else task
-    if form.get("task") not in ("", "transcribe", "translate"):
+    asked = parse(form, _task(form, task), model, settings, SUBTITLES)
+    return replace(asked, stream=False, layout=_layout(form), options=replace(asked.options, words=True))
+
+
+def parse_job(form: Form, model: ModelName, settings: Settings) -> Asked:
+    """The request for a job: nobody reads a stream, and the format of the result may still be changed.
+
+    So times of words are found unless `timestamp_granularities` leaves them out.
+    """
+    asked = parse(form, _task(form, "transcribe"), model, settings, RESULTS)
+    granularities = asked.granularities if form.list("timestamp_granularities") else GRANULARITIES
+    return replace(
+        asked, stream=False, layout=_layout(form), granularities=granularities,
+        options=replace(asked.options, words="word" in granularities),
+    )  # fmt: skip
+
+
+def result_as(asked: Asked, query: Form) -> Asked:
+    """What was asked for, with what a query says about the form of the result."""
+    if query.list("timestamp_granularities"):
+        asked = replace(asked, granularities=_granularities(query))
+    response_format = query.get("format") or query.get("response_format")
+    if response_format:
+        asked = replace(asked, response_format=_one_of("format", response_format, RESULTS))
+    return replace(asked, layout=_layout(query, asked.layout))
+
+
+def _task(form: Form, default: Task) -> Task:
+    given = form.get("task")
+    if given not in ("", "transcribe", "translate"):
         raise errors.invalid(
-            f"Invalid value for task: '{form.get('task')}'. Supported values are: 'transcribe', 'translate'.",
+            f"Invalid value for task: '{given}'. Supported values are: 'transcribe', 'translate'.",
             "task",
             "invalid_value",
         )
-    asked = parse(form, task, model, settings, SUBTITLES)
-    default = subtitles.Layout()
-    layout = subtitles.Layout(
+    return "translate" if given == "translate" else default
+
+
+def _layout(form: Form, default: subtitles.Layout | None = None) -> subtitles.Layout:
+    default = default or subtitles.Layout()
+    return subtitles.Layout(
         int(_number(form, "max_line_chars", default.line_chars, 10, 200)),
         int(_number(form, "max_lines", default.lines, 1, 4)),
         _number(form, "max_chars_per_second", default.cps, 0, 100),
     )
-    return replace(asked, stream=False, layout=layout, options=replace(asked.options, words=True))
+
+
+def _one_of(param: str, value: str, kinds: tuple[str, ...]) -> str:
+    if value not in kinds:
+        raise errors.invalid(
+            f"Invalid value for {param}: '{value}'. Supported values are: {_quoted(kinds)}.",
+            param,
+            "invalid_value",
+        )
+    return value
+
+
+def _granularities(form: Form) -> tuple[str, ...]:
+    found = tuple(form.list("timestamp_granularities"))
+    return tuple(_one_of("timestamp_granularities", value, GRANULARITIES) for value in found) or ("segment",)
 
 
 def _number(form: Form, param: str, default: float, low: int, high: int) -> float:
@@ -71,36 +117,22 @@ def parse(
 ) -> Asked:
     """The request in `form`; ApiError names what is wrong. The first of `kinds` is the default format."""
     requested = form.get("model")
-    if not model.matches(requested):
+    known = model.matches(requested)
+    if not known and not settings.upstream:
         raise errors.unknown_model(requested, [model.id])
     if form.upload is None:
         raise errors.missing("file")
     if form.upload.size == 0:
         raise errors.bad_audio("it is empty")
-    response_format = form.get("response_format") or kinds[0]
-    if response_format == "diarized_json":
+    if form.get("response_format") == "diarized_json":
         raise errors.invalid(
             "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'."
             f" Supported values are: {_quoted(kinds)}.",
             "response_format",
             "diarization_unavailable",
         )
-    if response_format not in kinds:
-        raise errors.invalid(
-            f"Invalid value for response_format: '{response_format}'."
-            f" Supported values are: {_quoted(kinds)}.",
-            "response_format",
-            "invalid_value",
-        )
-    granularities = tuple(form.list("timestamp_granularities")) or ("segment",)
-    for value in granularities:
-        if value not in GRANULARITIES:
-            raise errors.invalid(
-                f"Invalid value for timestamp_granularities: '{value}'."
-                f" Supported values are: {_quoted(GRANULARITIES)}.",
-                "timestamp_granularities",
-                "invalid_value",
-            )
+    response_format = _one_of("response_format", form.get("response_format") or kinds[0], kinds)
+    granularities = _granularities(form)
     stream = task == "transcribe" and _boolean(form.get("stream"), "stream")
     if stream and response_format not in ("json", "text"):
         raise errors.invalid(
@@ -116,6 +148,7 @@ def parse(
         temperature=_temperature(form.get("temperature")),
         words=words,
         hotwords=form.get("hotwords") or None,
+        model="" if known else requested,
     )
     return Asked(form.upload, options, response_format, granularities, stream)
 
@@ -169,7 +202,7 @@ def _quoted(values: tuple[str, ...]) -> str:
 def answer(asked: Asked, info: Info, segments: list[Segment]) -> Response:
     """All of it in the format asked for."""
     match asked.response_format:
-        case "text":
+        case "text" | "txt":
             return PlainTextResponse(formats.as_text(segments))
         case "srt":
             text = subtitles.as_srt(segments, asked.layout) if asked.layout else formats.as_srt(segments)

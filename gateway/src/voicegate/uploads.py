@@ -16,7 +16,6 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from voicegate import errors
-from voicegate.errors import ApiError
 
 MIB = 1024 * 1024
 IN_MEMORY = MIB
@@ -50,12 +49,7 @@ class Upload:
         try:
             await asyncio.to_thread(self._write, data)
         except OSError as error:
-            raise ApiError(
-                507,
-                f"The server could not store the upload: {error.strerror or error}.",
-                type="server_error",
-                code="no_space",
-            ) from error
+            raise errors.no_space("upload", error.strerror or error) from error
 
     def _write(self, data: bytearray) -> None:
         if self._file is None:
@@ -102,9 +96,10 @@ class Form:
 class _Reader:
     """Callbacks of the multipart parser."""
 
-    def __init__(self, boundary: bytes, limit_mib: int, folder: str) -> None:
+    def __init__(self, boundary: bytes, limit_mib: int, folder: str, file_fields: tuple[str, ...]) -> None:
         self.form = Form()
         self.ended = False
+        self._file_fields = file_fields
         self._limit_mib = limit_mib
         self._folder = folder
         self._header_name = bytearray()
@@ -142,9 +137,9 @@ class _Reader:
         if name is None:
             raise errors.invalid("A part of the form has no name.")
         self._name = name.decode("utf-8", "replace")
-        if self._name == "file":  # with or without a file name and a content type
+        if self._name in self._file_fields:  # with or without a file name and a content type
             if self.form.upload is not None:
-                raise errors.invalid("The form holds more than one file.", "file")
+                raise errors.invalid("The form holds more than one file.", self._name)
             self._value = self.form.upload = Upload(self._limit_mib, self._folder)
         else:
             self._field_count += 1
@@ -178,7 +173,13 @@ def boundary_of(content_type: str) -> bytes:
 
 
 async def read_form(
-    content_type: str, content_length: str, chunks: AsyncIterator[bytes], *, limit_mib: int, folder: str = ""
+    content_type: str,
+    content_length: str,
+    chunks: AsyncIterator[bytes],
+    *,
+    limit_mib: int,
+    folder: str = "",
+    file_fields: tuple[str, ...] = ("file",),
 ) -> Form:
     """Read a form. ApiError 413 as soon as it is known to be too large, often before any of it is read."""
     boundary = boundary_of(content_type)
@@ -186,7 +187,7 @@ async def read_form(
         raise errors.too_large(limit_mib)
     form: Form | None = None
     try:
-        reader = _Reader(boundary, limit_mib, folder)
+        reader = _Reader(boundary, limit_mib, folder, file_fields)
         form = reader.form
         async for chunk in chunks:
             reader.parser.write(chunk)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import importlib.util
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -58,9 +60,15 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
 
     faster-whisper runs the encoder twice on the first 30 seconds when no language is given. For a
     short utterance the encoder is most of the work, so that nearly doubles the time.
+
+    Several transcriptions may be open: each finds its own encoding by the window that it belongs to. What
+    is not fetched (cancelled in between) is pushed out by later ones.
     """
 
-    _encoded: tuple[np.ndarray[Any, Any], Any] | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._encoded: collections.deque[tuple[np.ndarray[Any, Any], Any]] = collections.deque(maxlen=4)
+        self._lock = threading.Lock()
 
     def detect_language(
         self, audio: Any = None, features: Any = None, *args: Any, **kwargs: Any
@@ -74,19 +82,22 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
         frames = min(self.feature_extractor.nb_max_frames, features.shape[-1] - 1)
         window = pad_or_trim(features[..., :frames])
         encoding = super().encode(window)
-        self._encoded = (window, encoding)
+        with self._lock:
+            self._encoded.append((window, encoding))
         found = [(token[2:-2], float(p)) for token, p in self.model.detect_language(encoding)[0]]
         return found[0][0], found[0][1], found
 
     def encode(self, features: Any) -> Any:
-        kept, self._encoded = self._encoded, None
-        if kept is not None and np.array_equal(kept[0], features):
-            return kept[1]
+        with self._lock:
+            for index, (window, encoding) in enumerate(self._encoded):
+                if np.array_equal(window, features):
+                    del self._encoded[index]
+                    return encoding
         return super().encode(features)
 
 
 class Whisper:
-    """The model and what it does, one call at a time. Lives in the engine's process."""
+    """The model and what it does. Lives in the engine's process."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.device = settings.device
@@ -168,12 +179,11 @@ class Whisper:
         self.compute_type = compute_type
         return model
 
-    def transcribe(
-        self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
-    ) -> Iterator[Info | Segment]:
-        """Ends early once `cancelled`. ApiError for the client, in OpenAI's shape."""
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """What goes wrong, as ApiError for the client."""
         try:
-            yield from self._transcribe(source, options, cancelled)
+            yield
         # CTranslate2 reports what goes wrong on the device as RuntimeError.
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
@@ -182,9 +192,20 @@ class Whisper:
             event("transcription_failed", level=logging.ERROR, error=str(error))
             raise errors.internal() from error
 
-    def _transcribe(
+    def open(
         self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
-    ) -> Iterator[Info | Segment]:
+    ) -> tuple[Info, Iterator[Segment]] | None:
+        """Everything before the first segment; None once `cancelled`. May run beside other calls.
+
+        Each of the iterator's steps computes at most one window with speech in it. All state is the
+        iterator's own, so that others may take steps in between. ApiError for the client.
+        """
+        with self._failures():
+            return self._open(source, options, cancelled)
+
+    def _open(
+        self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
+    ) -> tuple[Info, Iterator[Segment]] | None:
         samples = audio.decode(
             source,
             max_seconds=self._settings.max_audio_minutes * 60,
@@ -192,7 +213,7 @@ class Whisper:
             cancelled=cancelled,
         )
         if cancelled():
-            return
+            return None
         language = options.language
         if language is not None and language not in self._model.supported_languages:
             raise errors.only_english(self._settings.model)
@@ -201,11 +222,10 @@ class Whisper:
         if self._settings.vad:
             speech = get_speech_timestamps(samples, VadOptions())
             if not speech:
-                yield Info(options.task, language, duration, 0.0)
-                return
+                return Info(options.task, language, duration, 0.0), iter(())
             samples = np.concatenate(collect_chunks(samples, speech)[0], axis=0)
         if cancelled():
-            return
+            return None
         segments, found = self._model.transcribe(
             samples,
             language=language,
@@ -219,11 +239,13 @@ class Whisper:
         )
         if speech:
             segments = restore_speech_timestamps(segments, speech, audio.RATE)
-        yield Info(options.task, found.language, duration, found.duration)
-        for segment in segments:
-            if cancelled():
-                return
-            yield _segment(segment)
+        info = Info(options.task, found.language, duration, found.duration)
+        return info, self._segments(segments)
+
+    def _segments(self, segments: Iterable[Any]) -> Iterator[Segment]:
+        with self._failures():
+            for segment in segments:
+                yield _segment(segment)
 
 
 def _segment(found: Any) -> Segment:

@@ -1,7 +1,8 @@
 """What the server and its engine's process say to each other: one JSON object a line over a Unix socket.
 
-To the engine: `load`, then any number of `transcribe` (each brings the audio as an open file) and `cancel`.
-From it: `loaded` or `failed`; for each `transcribe` one `info`, its `segment`s and one `end` or `error`.
+To the engine: `load`, then any number of `transcribe` (each brings the audio as an open file), `step` and
+`cancel`, with the transcription's number. From it: `loaded` or `failed`; for each `transcribe` one `info`
+once it is prepared; for each `step` one `segment` or `end`; an `error` in place of any of these.
 JSON and not pickle: the other side works on what strangers uploaded.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from voicegate.engine import Info, Options, Segment, Word
 from voicegate.errors import ApiError
-from voicegate.settings import Settings
+from voicegate.settings import SECRETS, Settings
 
 # A segment of 30 seconds with all its words and tokens is far below that.
 LINE_LIMIT = 16 * 1024 * 1024
@@ -32,8 +33,8 @@ def unpack(line: bytes) -> dict[str, Any]:
 
 
 def settings_to(settings: Settings) -> dict[str, Any]:
-    """Without the key: the engine has no use for it."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "api_key"}
+    """Without the keys: the engine has no use for them."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in SECRETS}
 
 
 def settings_from(value: Mapping[str, Any]) -> Settings:
