@@ -328,7 +328,9 @@ def test_key(serve: Serve, tmp_path: Path) -> None:
     assert server.health()[0] == 200
     assert server.stop() == 0
     # The log tells what happened, in one line each, and neither what was said nor the key.
-    assert re.search(r"Z INFO request .*status=200 seconds=\S+ request_id=my-id$", server.log, re.MULTILINE)
+    assert re.search(
+        r"Z INFO request .*status=200 seconds=\S+ key=default request_id=my-id$", server.log, re.MULTILINE
+    )
     assert "volume" not in server.log
     assert "sesame" not in server.log.lower()
     assert all(re.match(r"\d{4}-\d\d-\d\dT\S+Z [A-Z]+ \w+", line) for line in server.lines)

@@ -318,6 +318,10 @@ def test_yield_takes_room_from_an_idle_model(shared: Callable[..., Server], olla
     assert ollama.log[2:] == ["unload small"]
     assert steps(server) == ["unload", "proceed"]
     assert say(server) == TEXT
+    numbers = server.request("GET", "/metrics")[2].decode()
+    assert 'voicegate_vram_evictions_total{model="small"} 1.0' in numbers
+    assert 'voicegate_vram_decisions_total{step="unload"} 1.0' in numbers
+    assert re.search(r'voicegate_gpu_memory_bytes\{gpu=".+",kind="free"\} \d', numbers)
 
 
 def test_a_busy_model_is_waited_for(shared: Callable[..., Server], ollama: OllamaStandIn) -> None:

@@ -74,8 +74,8 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
-            if match := re.search(r" listening .*\bport=(\d+)", line):
-                self.port = int(match[1])
+            if match := re.search(r'\blistening\b.*\bport"?[=:] ?(\d+)|\bport": (\d+).*"listening"', line):
+                self.port = int(match[1] or match[2])
                 self._listening.set()
         self._listening.set()
 

@@ -8,23 +8,27 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from voicegate import __version__, errors, formats, jobs_api
+from voicegate import __version__, errors, formats, jobs_api, keys, openapi, page_api, status_api
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
+    ERROR_CODE,
     KEEP_ALIVE,
     EventStream,
     Gate,
     add_error_handlers,
     chunks,
+    client_of,
     unless_disconnected,
     with_pauses,
 )
 from voicegate.jobs import Jobs
 from voicegate.logs import event
+from voicegate.metrics import GpuReader, MeasuredEngine, Metrics, TurnsReader
 from voicegate.models import ModelName
 from voicegate.proxy import METHODS, Proxy
 from voicegate.settings import Settings
@@ -33,11 +37,28 @@ from voicegate.uploads import Form, read_form
 
 # With an upstream: its models, what it speaks, and its own API, as far as there is nothing of ours.
 PASSED_ON = ("/v1/{path:path}", "/api/{path:path}")
+OPEN_PATHS = page_api.PATHS | {"/health", "/ready", "/openapi.json"}
 
 
-def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs | None = None) -> ASGIApp:
+def create_app(
+    settings: Settings,
+    model: ModelName,
+    engine: Engine,
+    jobs: Jobs | None = None,
+    metrics: Metrics | None = None,
+    gpu: GpuReader | None = None,
+    turns: TurnsReader | None = None,
+) -> ASGIApp:
+    """`gpu` reads the card's memory and `turns` who made room on it, for /status and /metrics.
+
+    With `metrics` the engine is one that is measured by them already.
+    """
     started = int(time.time())
-    app = FastAPI(title="voicegate", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="voicegate", version=__version__, docs_url=None, redoc_url=None)
+    if metrics is None:
+        metrics = Metrics()
+        engine = MeasuredEngine(engine, metrics)
+    metrics.watch(engine, gpu, turns)
 
     async def transcriptions(request: Request) -> Response:
         return await speech(request, "transcribe")
@@ -62,38 +83,15 @@ def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs 
         handed_over = False
         try:
             asked = read(form, task, model, settings)
-            items = engine.transcribe(
-                asked.upload, asked.options, client=request.client.host if request.client else ""
-            )
+            items = engine.transcribe(asked.upload, asked.options, client=client_of(request))
             if asked.stream:
-                response = await _stream(request, items, form)
+                response = await _stream(request, items, form, asked.options.words, settings.log_text)
                 handed_over = True
                 return response
-            return await unless_disconnected(request, _whole(items, asked))
+            return await unless_disconnected(request, _whole(items, asked, settings.log_text))
         finally:
             if not handed_over:
                 form.close()
-
-    async def health() -> Response:
-        status = engine.status()
-        ready = status.state not in ("loading", "failed")
-        words = {"loaded": "ok", "unloaded": "ok", "reloading": "ok", "loading": "loading", "failed": "error"}
-        body = {
-            "status": words[status.state],
-            "model": model.id,
-            "engine": status.engine,
-            "version": __version__,
-            "device": status.device,
-            "compute_type": status.compute_type,
-            "compute_type_requested": settings.compute_type,
-            "load_state": status.state,
-            "queue": {"waiting": status.waiting, "running": status.running, "limit": status.queue_limit},
-            "language": settings.language or None,
-            "ttl": settings.ttl,
-        }
-        if status.error:
-            body["error"] = status.error
-        return JSONResponse(body, 200 if ready else 503)
 
     def described() -> dict[str, Any]:
         owner = model.repository.partition("/")[0] if model.repository else "local"
@@ -107,23 +105,39 @@ def create_app(settings: Settings, model: ModelName, engine: Engine, jobs: Jobs 
             raise errors.unknown_model(name, [model.id])
         return JSONResponse(described())
 
-    app.add_api_route("/v1/audio/transcriptions", transcriptions, methods=["POST"])
-    app.add_api_route("/v1/audio/translations", translations, methods=["POST"])
-    app.add_api_route("/v1/audio/subtitles", captions, methods=["POST"])
-    app.add_api_route("/health", health, methods=["GET"])
+    def post(path: str, route: Any, described: dict[str, Any]) -> None:
+        app.add_api_route(path, route, methods=["POST"], **described)
+
+    post("/v1/audio/transcriptions", transcriptions, openapi.TRANSCRIPTIONS)
+    post("/v1/audio/translations", translations, openapi.TRANSLATIONS)
+    post("/v1/audio/subtitles", captions, openapi.SUBTITLES)
+    status_api.add_routes(app, settings, model, engine, metrics, gpu)
+    page_api.add_routes(app)
     jobs_api.add_routes(app, settings, model, jobs)
     if settings.upstream:
         proxy = Proxy(settings)
         for path in PASSED_ON:
             app.add_api_route(path, proxy.pass_on, methods=list(METHODS), include_in_schema=False)
     else:
-        app.add_api_route("/v1/models", list_models, methods=["GET"])
-        app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"])
+        app.add_api_route("/v1/models", list_models, methods=["GET"], **openapi.MODELS)
+        app.add_api_route("/v1/models/{name:path}", get_model, methods=["GET"], **openapi.MODEL)
     add_error_handlers(app)
-    return Gate(app, settings.api_key)
+    known = keys.from_settings(settings)
+    openapi.describe(app, known.needed, OPEN_PATHS)
+    gate = Gate(app, known, metrics, OPEN_PATHS)
+    if not settings.cors_origins:
+        return gate
+    # Outside the gate: a browser asks first, without the key, whether it may ask.
+    return CORSMiddleware(
+        gate,
+        allow_origins=[item.strip() for item in settings.cors_origins.split(",")],
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-ID", "Retry-After"],
+    )
 
 
-async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked) -> Response:
+async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked, log_text: bool) -> Response:
     info: Info | None = None
     segments: list[Segment] = []
     async with contextlib.aclosing(items):
@@ -134,11 +148,13 @@ async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked) -> R
                 segments.append(item)
     if info is None:
         raise errors.internal()
-    note(info, len(segments))
+    note(info, segments, log_text)
     return answer(asked, info, segments)
 
 
-async def _stream(request: Request, items: AsyncGenerator[Info | Segment, None], form: Form) -> Response:
+async def _stream(
+    request: Request, items: AsyncGenerator[Info | Segment, None], form: Form, words: bool, log_text: bool
+) -> Response:
     """Answer 200 only once the audio is known to be good; everything before that has a status of its own."""
     try:
         info = await unless_disconnected(request, anext(items))
@@ -160,11 +176,12 @@ async def _stream(request: Request, items: AsyncGenerator[Info | Segment, None],
                 delta = item.text if text else item.text.lstrip()
                 text += delta
                 if delta:
-                    yield formats.sse(formats.delta_event(delta))
+                    yield formats.sse(formats.delta_event(delta, item if words else None))
         except ApiError as error:
+            request.scope[ERROR_CODE] = error.code
             yield formats.sse(error.body())
             return
-        note(info, len(segments))
+        note(info, segments, log_text)
         yield formats.sse(formats.done_event(text.rstrip(), info, segments))
 
     async def close() -> None:
@@ -174,8 +191,9 @@ async def _stream(request: Request, items: AsyncGenerator[Info | Segment, None],
     return EventStream(request, events(), close)
 
 
-def note(info: Info, segments: int) -> None:
+def note(info: Info, segments: list[Segment], log_text: bool) -> None:
     event(
         "transcribed", task=info.task, language=info.language, audio_seconds=info.duration,
-        speech_seconds=info.duration_after_vad, segments=segments,
+        speech_seconds=info.duration_after_vad, segments=len(segments),
+        text=formats.full_text(segments) if log_text else None,
     )  # fmt: skip

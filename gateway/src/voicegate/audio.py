@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -24,10 +25,23 @@ CONTAINERS = (
 Samples = NDArray[np.float32]
 
 
+# Outside of these the resampler alone would need more memory than the audio, or make it of nothing.
+RATES = range(1000, 768_001)  # Hz
+CHANNELS = 64
+
+
 def decode(
-    source: BinaryIO, *, max_seconds: float = 4 * 3600, cancelled: Callable[[], bool] = lambda: False
+    source: BinaryIO,
+    *,
+    max_seconds: float = 4 * 3600,
+    timeout: float = 300,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Samples:
-    """All of `source`'s first audio stream. ApiError (400) says what is wrong with it."""
+    """All of `source`'s first audio stream, decoded within `timeout` seconds.
+
+    ApiError (400) says what is wrong with it.
+    """
+    deadline = time.monotonic() + timeout
     try:
         container = av.open(source, mode="r", metadata_errors="ignore", options=_OPTIONS)
     except (av.error.FFmpegError, ValueError, OSError) as error:
@@ -38,10 +52,14 @@ def decode(
         with container:
             if not container.streams.audio:
                 raise bad_audio("it holds no audio stream")
-            container.streams.audio[0].thread_type = "AUTO"
+            stream = container.streams.audio[0]
+            _check_shape(stream.rate, stream.channels)
+            stream.thread_type = "AUTO"
             # 16-bit samples, as the reference implementations feed the model.
             resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
             for frame in itertools.chain(_frames(container), (None,)):
+                if frame is not None:
+                    _check_shape(frame.sample_rate, frame.layout.nb_channels)
                 for piece in resampler.resample(frame):
                     samples = piece.to_ndarray()[0]
                     pieces.append(samples)
@@ -51,6 +69,12 @@ def decode(
                         f"The audio is longer than this server takes ({max_seconds / 60:g} minutes).",
                         "file",
                         "audio_too_long",
+                    )
+                if time.monotonic() > deadline:
+                    raise invalid(
+                        f"Decoding the audio took longer than this server allows ({timeout:g} seconds).",
+                        "file",
+                        "decode_timeout",
                     )
                 if cancelled():
                     break
@@ -62,6 +86,13 @@ def decode(
 
 
 _OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""}
+
+
+def _check_shape(rate: int, channels: int) -> None:
+    if rate not in RATES:
+        raise bad_audio(f"its sample rate, {rate} Hz, is not within {RATES.start} to {RATES.stop - 1}")
+    if channels > CHANNELS:
+        raise bad_audio(f"it has {channels} channels, more than {CHANNELS}")
 
 
 def _frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:

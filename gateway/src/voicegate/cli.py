@@ -1,10 +1,11 @@
-"""`voicegate serve` and `voicegate fetch`."""
+"""`voicegate serve`, `voicegate fetch` and `voicegate key`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voicegate import __version__, logs, models
+from voicegate import __version__, keys, logs, models
 from voicegate.engine import Engine
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.settings import Settings, add_arguments
@@ -54,8 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     fetch.add_argument("--model", required=True, metavar="TEXT", help="name or hub id")
     fetch.add_argument("--revision", default=None, metavar="TEXT", help="commit, tag or branch [main]")
+    key = commands.add_parser(
+        "key",
+        help="make an API key",
+        epilog="The key is shown once. Limits can follow on its line: NAME:SHA256:per_minute=60,concurrent=4",
+        allow_abbrev=False,
+    )
+    key.add_argument("name", metavar="NAME", help="whose it is; it is seen in the log and in metrics")
     given = vars(parser.parse_args(arguments))
-    if given.pop("command") == "fetch":
+    command = given.pop("command")
+    if command == "key":
+        return make_key(given["name"])
+    if command == "fetch":
         return fetch_model(given["model"], given["revision"])
     try:
         settings = Settings.load(given)
@@ -67,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_server(settings: Settings) -> int:
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     # Whatever a library might want to look up or report: this process talks to its clients only.
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
@@ -117,18 +128,30 @@ async def start_wyoming(settings: Settings, model: models.ModelName, engine: Eng
 async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
     import uvicorn
 
+    from voicegate import peace
     from voicegate.api import create_app
     from voicegate.jobs import Jobs
+    from voicegate.metrics import MeasuredEngine, Metrics, read_gpu
     from voicegate.store import StoreError
 
     engine = make_engine(settings, folder)
+    metrics = Metrics()
+    measured = MeasuredEngine(engine, metrics)
     try:
-        jobs = await Jobs.open(settings, engine) if settings.data_dir else None
+        jobs = await Jobs.open(settings, measured) if settings.data_dir else None
     except StoreError as error:
         print(f"voicegate: --data-dir: {error}", file=sys.stderr)
         return EXIT_SETTINGS
     config = uvicorn.Config(
-        create_app(settings, model, engine, jobs),
+        create_app(
+            settings,
+            model,
+            measured,
+            jobs,
+            metrics,
+            gpu=None if settings.device == "cpu" else functools.partial(read_gpu, settings.device_index),
+            turns=lambda: peace.counted(getattr(engine, "peace", None)),
+        ),
         host=settings.host,
         port=settings.port,
         http="h11",
@@ -157,7 +180,7 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
                 host=host,
                 port=port,
                 model=model.id,
-                auth="key" if settings.api_key else "none",
+                auth="key" if settings.api_key or settings.api_keys_file else "none",
                 version=__version__,
             )
 
@@ -178,7 +201,7 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
             await jobs.stop()
         await engine.stop()
         return EXIT_FAILED
-    wyoming = await start_wyoming(settings, model, engine)
+    wyoming = await start_wyoming(settings, model, measured)
     if settings.wyoming_port >= 0 and wyoming is None:
         if jobs is not None:
             await jobs.stop()
@@ -210,6 +233,17 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
         for item in sockets:
             item.close()
     return EXIT_FAILED if failure else 0
+
+
+def make_key(name: str) -> int:
+    try:
+        key, line = keys.create(name)
+    except ValueError as error:
+        print(f"voicegate: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
+    print(f"key (shown only now):                {key}")
+    print(f"line for the file of --api-keys-file: {line}")
+    return 0
 
 
 def fetch_model(name: str, revision: str | None) -> int:

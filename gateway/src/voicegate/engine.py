@@ -30,6 +30,7 @@ class Options:
     prompt: str | None = None
     temperature: float = 0.0
     words: bool = False
+    hotwords: str | None = None  # words to expect, given to the decoder in every window
     model: str = ""  # another than the server's own; only an upstream may have one
 
 

@@ -74,7 +74,7 @@ def main() -> None:
     threading.Thread(target=channel.listen, name="voicegate-listen", daemon=True).start()
     load = channel.commands.get()
     settings = wire.settings_from(load["value"])
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
 
     from voicegate.whisper import Whisper  # seconds, so only now that the server is listened to
 

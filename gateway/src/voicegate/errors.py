@@ -96,6 +96,16 @@ def queue_full(limit: int, retry_after: int) -> ApiError:
     )
 
 
+def key_limit(limit: str, retry_after: int) -> ApiError:
+    return ApiError(
+        429,
+        f"This API key allows {limit}. Try again in {retry_after} s.",
+        type="rate_limit_error",
+        code="key_limit_exceeded",
+        headers={"Retry-After": str(retry_after)},
+    )
+
+
 def no_space(what: str, reason: object) -> ApiError:
     return ApiError(
         507, f"The server could not store the {what}: {reason}.", type="server_error", code="no_space"

@@ -36,11 +36,7 @@ def as_verbose_json(
         "text": full_text(segments),
     }
     if with_words:
-        result["words"] = [
-            {"word": word.word.strip(), "start": round(word.start, 3), "end": round(word.end, 3)}
-            for segment in segments
-            for word in segment.words
-        ]
+        result["words"] = as_words(segments)
     if with_segments:
         result["segments"] = [
             {
@@ -59,6 +55,14 @@ def as_verbose_json(
         ]
     result["usage"] = usage(info)
     return result
+
+
+def as_words(segments: Sequence[Segment]) -> list[dict[str, Any]]:
+    return [
+        {"word": word.word.strip(), "start": round(word.start, 3), "end": round(word.end, 3)}
+        for segment in segments
+        for word in segment.words
+    ]
 
 
 def as_text(segments: Sequence[Segment]) -> str:
@@ -98,8 +102,12 @@ def vtt_cue(text: str) -> str:
     return cue(text).replace("&", "&amp;").replace("<", "&lt;")
 
 
-def delta_event(delta: str) -> dict[str, Any]:
-    return {"type": "transcript.text.delta", "delta": delta}
+def delta_event(delta: str, timed: Segment | None = None) -> dict[str, Any]:
+    """With the times of `timed`, in seconds, where the client asked for those of words: beyond OpenAI's."""
+    event: dict[str, Any] = {"type": "transcript.text.delta", "delta": delta}
+    if timed is not None:
+        event |= {"start": round(timed.start, 3), "end": round(timed.end, 3), "words": as_words([timed])}
+    return event
 
 
 def done_event(text: str, info: Info, segments: Sequence[Segment]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import re
 import time
@@ -21,9 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from voicegate import errors
 from voicegate.errors import ApiError
+from voicegate.keys import Key, Keys
 from voicegate.logs import event, logger, request_id
+from voicegate.metrics import Metrics
 
 T = TypeVar("T")
+
+ERROR_CODE = "voicegate.error_code"  # where a request's scope holds why it failed
+KEY_NAME = "voicegate.key"
 
 RECEIVE_TIMEOUT = 60.0  # seconds without a byte of an upload
 KEEP_ALIVE = 15.0  # seconds between signs of life in a stream
@@ -115,7 +119,8 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T] | A
             await asyncio.wait(left)
 
 
-def error_response(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError, scope: Scope) -> JSONResponse:
+    scope[ERROR_CODE] = error.code
     return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
@@ -128,35 +133,44 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
-    return error_response(error if isinstance(error, ApiError) else errors.internal())
+    return error_response(error if isinstance(error, ApiError) else errors.internal(), request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
-        return error_response(errors.internal())
+        return error_response(errors.internal(), request.scope)
     where = f"{request.method} {request.url.path}"
     message = {404: f"Invalid URL ({where}).", 405: f"Method not allowed ({where})."}.get(
         error.status_code, str(error.detail)
     )
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    return error_response(ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
+    found = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+    return error_response(found, request.scope)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
     place = first.get("loc", ())
-    return error_response(errors.invalid(str(first.get("msg", error)), str(place[-1]) if place else None))
+    found = errors.invalid(str(first.get("msg", error)), str(place[-1]) if place else None)
+    return error_response(found, request.scope)
 
 
 _REQUEST_ID = re.compile(r"^[\w.:/+=-]{1,128}$", re.ASCII)
 
 
-class Gate:
-    """Around every request: its id, the key, one line in the log, every failure in OpenAI's shape."""
+def client_of(request: Request) -> str:
+    """Who asks, for a fair order: the name of the key, without one the address."""
+    return str(request.scope.get(KEY_NAME) or (request.client.host if request.client else ""))
 
-    def __init__(self, app: ASGIApp, api_key: str) -> None:
+
+class Gate:
+    """Around every request: its id, the key, one line in the log, metrics, failures in OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, open_paths: frozenset[str]) -> None:
         self._app = app
-        self._key = api_key.encode()
+        self._keys = keys
+        self._metrics = metrics
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -170,6 +184,7 @@ class Gate:
         token = request_id.set(current)
         started = time.perf_counter()
         status = 0
+        key: Key | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -179,29 +194,39 @@ class Gate:
             await send(message)
 
         try:
-            if (refusal := self._refusal(scope, headers.get(b"authorization", b""))) is not None:
-                await error_response(refusal)(scope, receive, send_with_id)
-            else:
+            if scope["path"] not in self._open_paths:
+                key = self._keys.find(headers.get(b"authorization", b""))
+            scope[KEY_NAME] = key.name if key else ""
+            # Looking is free, work is counted.
+            with self._keys.work(key if scope["method"] == "POST" else None):
                 await self._app(scope, receive, send_with_id)
+        except ApiError as error:  # of the key
+            await error_response(error, scope)(scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499  # nobody is there to read it; the number is nginx's, for the log
         except Exception:
             logger.exception("request_failed")
             if status == 0:
-                await error_response(errors.internal())(scope, receive, send_with_id)
+                await error_response(errors.internal(), scope)(scope, receive, send_with_id)
             status = 500
         finally:
-            quiet = scope["path"] == "/health" and status < 400
+            seconds = time.perf_counter() - started
+            self._count(scope, status, seconds, key)
+            quiet = scope["path"] in ("/health", "/ready", "/metrics") and status < 400
             event(
                 "request", level=logging.DEBUG if quiet else logging.INFO, method=scope["method"],
-                path=scope["path"], status=status, seconds=time.perf_counter() - started,
+                path=scope["path"], status=status, seconds=seconds,
+                code=scope.get(ERROR_CODE), key=key.name if key else None,
             )  # fmt: skip
             request_id.reset(token)
 
-    def _refusal(self, scope: Scope, authorization: bytes) -> ApiError | None:
-        if not self._key or scope["path"] == "/health":
-            return None
-        scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
-            return None
-        return errors.unauthorized(given=bool(authorization))
+    def _count(self, scope: Scope, status: int, seconds: float, key: Key | None) -> None:
+        # The pattern of the route, not the path: a client must not be able to make new series.
+        route = getattr(scope.get("route"), "path_format", "unknown")
+        method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
+        self._metrics.requests.labels(method, route, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+        if key is not None:
+            self._metrics.by_key.labels(key.name).inc()
+        if (code := scope.get(ERROR_CODE)) is not None:
+            self._metrics.errors.labels(code).inc()

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from voicegate import errors, formats, webhook_rules
+from voicegate import errors, formats, openapi, webhook_rules
 from voicegate.errors import ApiError
 from voicegate.http import KEEP_ALIVE, EventStream, chunks
 from voicegate.jobs import PRIORITIES, Jobs, Look, brief, described, events
@@ -166,13 +166,13 @@ def add_routes(app: FastAPI, settings: Settings, model: ModelName, jobs: Jobs | 
         ]
         return JSONResponse({"object": "list", "data": data})
 
-    app.add_api_route("/jobs", create_job, methods=["POST"])
-    app.add_api_route("/jobs", list_jobs, methods=["GET"])
-    app.add_api_route("/jobs/{id}", get_job, methods=["GET"])
-    app.add_api_route("/jobs/{id}", cancel_job, methods=["DELETE"])
-    app.add_api_route("/jobs/{id}/stream", stream_job, methods=["GET"])
-    app.add_api_route("/jobs/{id}/result", get_result, methods=["GET"])
-    app.add_api_route("/jobs/{id}/deliveries", list_deliveries, methods=["GET"])
+    app.add_api_route("/jobs", create_job, methods=["POST"], **openapi.JOB_NEW)
+    app.add_api_route("/jobs", list_jobs, methods=["GET"], **openapi.JOB_LIST)
+    app.add_api_route("/jobs/{id}", get_job, methods=["GET"], **openapi.JOB)
+    app.add_api_route("/jobs/{id}", cancel_job, methods=["DELETE"], **openapi.JOB_CANCEL)
+    app.add_api_route("/jobs/{id}/stream", stream_job, methods=["GET"], **openapi.JOB_STREAM)
+    app.add_api_route("/jobs/{id}/result", get_result, methods=["GET"], **openapi.JOB_RESULT)
+    app.add_api_route("/jobs/{id}/deliveries", list_deliveries, methods=["GET"], **openapi.JOB_DELIVERIES)
 
 
 def _whole(look: Look) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voicegate import languages, models, webhook_rules
+from voicegate import keys, languages, logs, models, webhook_rules
 from voicegate.errors import ModelUnavailable, SettingsError
 from voicegate.fallback import fallbacks
 
@@ -67,6 +67,15 @@ class Settings:
     max_upload_mib: int = _setting(200, "largest upload in MiB; more gets status 413", low=1)
     max_audio_minutes: int = _setting(240, "longest audio taken, in minutes", low=1)
     upload_dir: str = _setting("", "folder for uploads larger than 1 MiB (default: the system's)")
+    max_decode_seconds: int = _setting(300, "longest time that decoding one upload may take", low=1)
+    cors_origins: str = _setting(
+        "", "web pages of other origins that may ask, with commas between; * is any (default: none)"
+    )
+    log_format: str = _setting("text", "lines of key=value, or of JSON", choices=logs.FORMATS)
+    log_text: bool = _setting(False, "log what was said, too")
+    api_keys_file: str = _setting(
+        "", "file with several keys, a line NAME:SHA256[:LIMITS] each (see 'voicegate key')"
+    )
     vram_policy: str = _setting(
         "resident",
         "resident stays loaded, yield and Ollama's idle models make room for each other, exclusive is alone",
@@ -231,6 +240,11 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
         webhook_rules.Allowed.parse(settings.webhook_allow)
     except ValueError as error:
         problems.append(f"--webhook-allow: {error}")
+    if settings.api_keys_file:
+        try:
+            keys.read(settings.api_keys_file)
+        except (OSError, ValueError) as error:
+            problems.append(f"--api-keys-file: {error}")
     return dataclasses.replace(settings, **changes), problems
 
 

@@ -124,6 +124,13 @@ def parse(
         raise errors.missing("file")
     if form.upload.size == 0:
         raise errors.bad_audio("it is empty")
+    if form.get("response_format") == "diarized_json":
+        raise errors.invalid(
+            "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'."
+            f" Supported values are: {_quoted(kinds)}.",
+            "response_format",
+            "diarization_unavailable",
+        )
     response_format = _one_of("response_format", form.get("response_format") or kinds[0], kinds)
     granularities = _granularities(form)
     stream = task == "transcribe" and _boolean(form.get("stream"), "stream")
@@ -133,13 +140,14 @@ def parse(
             "response_format",
             "invalid_value",
         )
-    words = "word" in granularities and response_format == "verbose_json"
+    words = "word" in granularities and (stream or response_format == "verbose_json")
     options = Options(
         task=task,
         language=_language(form, settings),
         prompt=form.get("prompt") or None,
         temperature=_temperature(form.get("temperature")),
         words=words,
+        hotwords=form.get("hotwords") or None,
         model="" if known else requested,
     )
     return Asked(form.upload, options, response_format, granularities, stream)

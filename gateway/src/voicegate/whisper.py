@@ -206,7 +206,12 @@ class Whisper:
     def _open(
         self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
     ) -> tuple[Info, Iterator[Segment]] | None:
-        samples = audio.decode(source, max_seconds=self._settings.max_audio_minutes * 60, cancelled=cancelled)
+        samples = audio.decode(
+            source,
+            max_seconds=self._settings.max_audio_minutes * 60,
+            timeout=self._settings.max_decode_seconds,
+            cancelled=cancelled,
+        )
         if cancelled():
             return None
         language = options.language
@@ -229,6 +234,7 @@ class Whisper:
             # 0 lets faster-whisper climb through higher ones where the text looks wrong.
             **({"temperature": options.temperature} if options.temperature else {}),
             initial_prompt=options.prompt or None,
+            hotwords=options.hotwords,
             word_timestamps=options.words,
         )
         if speech:
