@@ -110,6 +110,7 @@ class Session:
         self._asked = asked
         self._received = 0  # bytes of audio
         self._all = False  # no more of it comes
+        self._left = False
         self._messages: deque[tuple[int, str]] = deque(maxlen=KEPT)
         self._number = 0  # of the last message
         self._sent = 0
@@ -180,8 +181,8 @@ class Session:
                 for task in (reading, writing):
                     task.cancel()
                 await asyncio.gather(reading, writing, return_exceptions=True)
-            over = self._close is not None and self._sent >= self._number
-            if over:
+            over = self._left or (self._close is not None and self._sent >= self._number)
+            if over and not self._left:
                 await socket.close(self._close or NORMAL)
         except (WebSocketDisconnect, OSError):
             pass  # it went away while it was told something
@@ -228,6 +229,7 @@ class Session:
                 self._close = POLICY
                 await asyncio.Event().wait()  # until that was told
             if message["type"] == "websocket.disconnect":
+                self._left = message.get("code") == NORMAL  # said goodbye: it does not come back
                 return
             if (data := message.get("bytes")) is not None:
                 self._received += len(data)
