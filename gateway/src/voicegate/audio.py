@@ -53,13 +53,13 @@ def decode(
             if not container.streams.audio:
                 raise bad_audio("it holds no audio stream")
             stream = container.streams.audio[0]
-            _check_shape(stream.rate, stream.channels)
+            check_shape(stream.rate, stream.channels)
             stream.thread_type = "AUTO"
             # 16-bit samples, as the reference implementations feed the model.
             resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
-            for frame in itertools.chain(_frames(container), (None,)):
+            for frame in itertools.chain(frames(container), (None,)):
                 if frame is not None:
-                    _check_shape(frame.sample_rate, frame.layout.nb_channels)
+                    check_shape(frame.sample_rate, frame.layout.nb_channels)
                 for piece in resampler.resample(frame):
                     samples = piece.to_ndarray()[0]
                     pieces.append(samples)
@@ -88,14 +88,14 @@ def decode(
 _OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""}
 
 
-def _check_shape(rate: int, channels: int) -> None:
+def check_shape(rate: int, channels: int) -> None:
     if rate not in RATES:
         raise bad_audio(f"its sample rate, {rate} Hz, is not within {RATES.start} to {RATES.stop - 1}")
     if channels > CHANNELS:
         raise bad_audio(f"it has {channels} channels, more than {CHANNELS}")
 
 
-def _frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
+def frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
     """Decoded frames; a damaged one in the middle is left out, as players do."""
     frames = container.decode(audio=0)
     damaged = 0

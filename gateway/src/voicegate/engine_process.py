@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import os
 import queue
@@ -80,6 +81,11 @@ def main() -> None:
 
     try:
         whisper = Whisper(settings, Path(load["folder"]))
+        small = whisper
+        if load["live_folder"]:
+            small = Whisper(
+                dataclasses.replace(settings, model=settings.live_model), Path(load["live_folder"])
+            )
     except ModelUnavailable as error:
         channel.send("failed", str(error))
         return
@@ -87,15 +93,16 @@ def main() -> None:
         "loaded",
         {"device": whisper.device, "compute_type": whisper.compute_type, "languages": whisper.languages},
     )
-    Transcriptions(channel, whisper).serve()
+    Transcriptions(channel, whisper, small).serve()
 
 
 class Transcriptions:
     """Those that are open, each where it was left."""
 
-    def __init__(self, channel: Channel, whisper: Whisper) -> None:
+    def __init__(self, channel: Channel, whisper: Whisper, small: Whisper) -> None:
         self._channel = channel
         self._whisper = whisper
+        self._small = small  # for drafts; the same one, if there is no other
         self._open: dict[int, tuple[str, Iterator[Segment]]] = {}  # request id, what is left
 
     def serve(self) -> None:
@@ -119,7 +126,9 @@ class Transcriptions:
         logs.request_id.set(command["request_id"])
         with os.fdopen(file, "rb") as source, self._told(number):
             cancelled = functools.partial(self._channel.cancelled, number)
-            opened = self._whisper.open(source, wire.options_from(command["value"]), cancelled)
+            options = wire.options_from(command["value"])
+            whisper = self._small if options.draft else self._whisper
+            opened = whisper.open(source, options, cancelled)
         # Back to the main thread, which alone knows what is open.
         self._channel.commands.put(
             {"kind": "prepared", "number": number, "request_id": command["request_id"], "opened": opened}

@@ -219,7 +219,7 @@ class Whisper:
             raise errors.only_english(self._settings.model)
         duration = samples.shape[0] / audio.RATE
         speech: list[dict[str, Any]] | None = None
-        if self._settings.vad:
+        if self._settings.vad and not options.draft:  # of a draft it is known to be speech
             speech = get_speech_timestamps(samples, VadOptions())
             if not speech:
                 return Info(options.task, language, duration, 0.0), iter(())
@@ -230,9 +230,7 @@ class Whisper:
             samples,
             language=language,
             task=options.task,
-            beam_size=self._settings.beam_size,
-            # 0 lets faster-whisper climb through higher ones where the text looks wrong.
-            **({"temperature": options.temperature} if options.temperature else {}),
+            **self._search(options),
             initial_prompt=options.prompt or None,
             hotwords=options.hotwords,
             word_timestamps=options.words,
@@ -241,6 +239,13 @@ class Whisper:
             segments = restore_speech_timestamps(segments, speech, audio.RATE)
         info = Info(options.task, found.language, duration, found.duration)
         return info, self._segments(segments)
+
+    def _search(self, options: Options) -> dict[str, Any]:
+        if options.draft:
+            return {"beam_size": 1, "temperature": 0.0}
+        # 0 lets faster-whisper climb through higher ones where the text looks wrong.
+        warmth = {"temperature": options.temperature} if options.temperature else {}
+        return {"beam_size": self._settings.beam_size, **warmth}
 
     def _segments(self, segments: Iterable[Any]) -> Iterator[Segment]:
         with self._failures():
