@@ -9,8 +9,7 @@ hundredth the memory of the server and of what it started is read (RSS and PSS, 
 slope of a straight line through the readings after the warm-up, in MiB per 1,000 requests.
 
 File: clips again and again with pauses, as FLAC. `peak` is the kernel's own high-water mark of each process,
-`peak_together` the largest sum of PSS that was seen, every 0.2 s. `digest` stands for everything answered, so
-that two versions can be compared.
+`peak_together` the largest sum of PSS that was seen, every 0.2 s.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import hashlib
 import http.client
 import io
 import itertools
@@ -306,7 +304,6 @@ def one_file(server: int, port: int, path: Path, length: float) -> dict[str, Any
         "upload_mib": round(path.stat().st_size / MIB, 1),
         "seconds": round(seconds, 1),
         "segments": len(json.loads(answer)["segments"]),
-        "digest": hashlib.sha256(answer).hexdigest()[:16],
         "peak_together": round(together, 1),
     } | {
         role: {

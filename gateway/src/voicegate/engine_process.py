@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import os
 import queue
@@ -18,7 +19,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from voicegate import errors, logs, wire
 from voicegate.engine import Info, Segment
@@ -26,6 +27,9 @@ from voicegate.errors import ApiError, ModelUnavailable
 
 if TYPE_CHECKING:
     from voicegate.whisper import Whisper
+
+
+LONG = 300.0  # seconds of audio after which memory is given back to the system
 
 
 class Channel:
@@ -90,13 +94,21 @@ def main() -> None:
     Transcriptions(channel, whisper).serve()
 
 
+class Open(NamedTuple):
+    """A transcription with what is left of it."""
+
+    request_id: str
+    segments: Iterator[Segment]
+    duration: float  # seconds of audio
+
+
 class Transcriptions:
     """Those that are open, each where it was left."""
 
     def __init__(self, channel: Channel, whisper: Whisper) -> None:
         self._channel = channel
         self._whisper = whisper
-        self._open: dict[int, tuple[str, Iterator[Segment]]] = {}  # request id, what is left
+        self._open: dict[int, Open] = {}
 
     def serve(self) -> None:
         while True:
@@ -110,8 +122,9 @@ class Transcriptions:
                 case "prepared":
                     self._prepared(command)
                 case "cancel":
-                    if self._open.pop(command["number"], None):
+                    if command["number"] in self._open:
                         self._channel.forget(command["number"])
+                        self._close(command["number"])
 
     def _prepare(self, command: dict[str, Any], file: int) -> None:
         number = command["number"]
@@ -131,11 +144,11 @@ class Transcriptions:
             self._channel.forget(number)
             return
         info, segments = command["opened"]
-        self._open[number] = (command["request_id"], segments)
+        self._open[number] = Open(command["request_id"], segments, info.duration)
         self._channel.send("info", info, number)
 
     def _step(self, number: int) -> None:
-        request_id, segments = self._open[number]
+        request_id, segments, _duration = self._open[number]
         token = logs.request_id.set(request_id)
         ended = True
         with self._told(number):
@@ -144,7 +157,12 @@ class Transcriptions:
             self._channel.send("end" if ended else "segment", segment, number)
         logs.request_id.reset(token)
         if ended:
-            del self._open[number]
+            del segments
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        if self._open.pop(number).duration >= LONG:
+            give_back()
 
     @contextlib.contextmanager
     def _told(self, number: int) -> Iterator[None]:
@@ -156,6 +174,12 @@ class Transcriptions:
         except Exception:
             logs.logger.exception("transcription_failed")
             self._channel.send("error", wire.error_to(errors.internal()), number)
+
+
+def give_back() -> None:
+    """What was freed, the C library keeps for the next one; not every one can let go of it."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Floats = NDArray[np.float32]
 
 CHUNK = 512  # samples that the voice detector judges at once
 CONTEXT = 64  # samples of the chunk before that it sees, too
-CHUNKS = 2000  # for one run of the detector: about a minute
+CHUNKS = 500  # for one run of the detector: 16 seconds
 FRAMES = 3000  # of the spectrum computed at once: 30 seconds, or up to a minute at the end
 
 
