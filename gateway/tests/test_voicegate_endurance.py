@@ -1,4 +1,4 @@
-"""Memory stays flat. The long version, 10,000 requests and a file of hours, is `gateway/bench/endurance.py`."""
+"""Memory stays flat. The long version, 10,000 requests and a file of hours: `gateway/bench/endurance.py`."""
 
 from __future__ import annotations
 
