@@ -38,7 +38,11 @@ import av
 import numpy as np
 from overhead import ROOT, form
 
-ROLES = {"voicegate.engine_process": "engine", "voicegate.decoder": "decoder"}
+ROLES = {
+    "voicegate.engine_process": "engine",
+    "voicegate.decoder": "decoder",
+    "voicegate.ears_process": "ears",
+}
 EVERY = 100  # requests between two readings
 WARM_UP = 0.1  # of the requests: not counted as growth
 URL = "/v1/audio/transcriptions"

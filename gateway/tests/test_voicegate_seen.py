@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import time
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 from selenium.webdriver.common.by import By
 from voicegate import audio, cli, keys
 from voicegate.errors import ApiError
-from voicegate_support import CLIPS, Server, long_audio
+from voicegate_support import CLIPS, Server, long_audio, samples_of
 
 CLIP = CLIPS / "D009.wav"
 TEXT = "Turn up the volume."
@@ -203,3 +205,58 @@ def test_page(serve: Serve, tmp_path: Path) -> None:
         while "POST /v1/audio/transcriptions" not in driver.page_source:
             assert time.monotonic() < wait_docs
             time.sleep(0.05)
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+def test_page_hears_a_microphone_and_takes_what_is_dropped(serve: Serve, tmp_path: Path) -> None:
+    """The browser's own stand-in for a microphone plays a clip; its words are there before it has ended."""
+    file = tmp_path / "key"
+    file.write_text("secret")
+    server = serve("--api-key-file", str(file), "--language", "en")
+    silence = np.zeros(48000, np.int16)
+    microphone = tmp_path / "microphone.wav"
+    with wave.open(str(microphone), "wb") as spoken:
+        spoken.setparams((1, 2, 48000, 0, "NONE", ""))
+        parts = [silence, samples_of(CLIPS / "D011.wav", 48000), silence, silence]
+        spoken.writeframes(np.concatenate(parts).astype("<i2").tobytes())
+    flags = (
+        "--use-fake-ui-for-media-stream",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={microphone}",
+    )
+    with browser.chromium(1000, 1000, *flags) as driver:
+
+        def wait(good: Callable[[], Any]) -> None:
+            deadline = time.monotonic() + 20
+            while not good():
+                said = driver.find_element(By.ID, "say").text
+                assert time.monotonic() < deadline, (said, driver.get_log("browser"))  # type: ignore[no-untyped-call]
+                time.sleep(0.05)
+
+        driver.get(server.url)
+        driver.execute_script("sessionStorage.setItem('key', 'secret')")
+        record = driver.find_element(By.ID, "record")
+        record.click()
+        live = driver.find_element(By.ID, "live")
+        # It is played again and again: some words are grey first, and all are there while it goes on.
+        wait(lambda: live.is_displayed() and "eight seconds." in driver.find_element(By.ID, "sure").text)
+        assert record.get_attribute("aria-pressed") == "true"
+        record.click()
+        wait(lambda: driver.find_element(By.ID, "say").text == "Done.")
+        assert not live.is_displayed()
+        assert "for eight seconds" in driver.find_element(By.ID, "text").text
+
+        content = base64.b64encode(CLIP.read_bytes()).decode()
+        driver.execute_script(
+            "const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));"
+            "const data = new DataTransfer(); data.items.add(new File([bytes], 'dropped.wav'));"
+            "for (const kind of ['dragover', 'drop'])"
+            "  document.getElementById('drop').dispatchEvent("
+            "    new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));",
+            content,
+        )
+        wait(lambda: driver.find_element(By.ID, "name").text == "dropped.wav")
+        wait(lambda: driver.find_element(By.ID, "say").text == "Done.")
+        assert driver.find_element(By.ID, "text").text == TEXT
+        assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]  # type: ignore[no-untyped-call]
+    assert "secret" not in server.log

@@ -11,10 +11,11 @@ from faster_whisper import vad
 from faster_whisper.audio import decode_audio
 from faster_whisper.feature_extractor import FeatureExtractor
 from voicegate import speech
+from voicegate.vad import WINDOW
 from voicegate_support import clips
 
 RATE = 16000
-PIECE = speech.CHUNKS * speech.CHUNK  # samples in one run of the detector
+PIECE = speech.WINDOWS * WINDOW  # samples in one run of the detector
 Samples = np.ndarray[Any, np.dtype[np.int16]]
 
 
@@ -58,7 +59,7 @@ def test_spans_are_those_of_faster_whisper(monkeypatch: pytest.MonkeyPatch) -> N
         values = chance.random(count, np.float32)
         if turn % 3:  # calmer ones
             values = np.repeat(values, chance.integers(2, 80))[:count]
-        length = max(1, count * speech.CHUNK - int(chance.integers(1, speech.CHUNK + 1)))
+        length = max(1, count * WINDOW - int(chance.integers(1, WINDOW + 1)))
         monkeypatch.setattr(vad, "get_vad_model", lambda values=values: lambda _audio: values)
         expected = vad.get_speech_timestamps(np.zeros(length, np.float32), vad.VadOptions())
         assert speech.spans(values.tolist(), length) == expected

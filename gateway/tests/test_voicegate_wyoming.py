@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from voicegate.wyoming_server import wav_header
+from voicegate.audio_file import wav_header
 from voicegate_support import CLIPS, MODEL, Server, clips
 from wyoming import asr, audio, error, event, info, ping
 from wyoming.client import AsyncTcpClient
@@ -187,6 +187,6 @@ def test_it_is_off_if_not_asked_for(server: Server) -> None:
 
 def test_the_header_is_a_wav_files(tmp_path: Path) -> None:
     path = tmp_path / "a.wav"
-    path.write_bytes(wav_header(audio.AudioStart(22050, 2, 2), 400) + bytes(400))
+    path.write_bytes(wav_header(22050, 2, 2, 400) + bytes(400))
     with wave.open(str(path)) as file:
         assert file.getparams()[:4] == (2, 2, 22050, 100)

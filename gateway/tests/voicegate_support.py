@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -19,10 +20,14 @@ import urllib.request
 import wave
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import openai
+from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo" / "whisper-demo"
@@ -218,3 +223,40 @@ def long_audio(repeats: int, pause: float = 2.5) -> bytes:
         for _ in range(repeats):
             file.writeframes(frames + silence)
     return target.getvalue()
+
+
+def samples_of(path: Path, rate: int = 16000) -> NDArray[np.int16]:
+    """A file's audio, mono."""
+    pieces: list[NDArray[np.int16]] = []
+    with av.open(str(path)) as container:
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
+        for frame in itertools.chain(container.decode(audio=0), (None,)):
+            pieces += [piece.to_ndarray()[0] for piece in resampler.resample(frame)]
+    return np.concatenate(pieces)
+
+
+def encoded(samples: NDArray[np.int16], form: str) -> list[bytes]:
+    """16 kHz samples as a live client sends them, in small pieces (`form` as in `ears_wire.FORMATS`)."""
+    if form == "pcm16":
+        data = samples.astype("<i2").tobytes()
+        return [data[first : first + 640] for first in range(0, len(data), 640)]
+    names = {"g711_ulaw": ("pcm_mulaw", 8000), "g711_alaw": ("pcm_alaw", 8000)}
+    codec, rate = names.get(form, ("libopus", 48000))
+    source = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+    source.rate = 16000
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=rate, frame_size=rate // 50)
+    frames = [*(frame for part in (source, None) for frame in resampler.resample(part)), None]
+    if form not in ("webm", "ogg"):
+        coder: Any = av.CodecContext.create(codec, "w")
+        coder.sample_rate, coder.layout, coder.format = rate, "mono", "s16"
+        coder.time_base = Fraction(1, rate)
+        return [bytes(packet) for frame in frames for packet in coder.encode(frame)]
+    file = io.BytesIO()
+    with av.open(
+        file, "w", format=form, options={"page_duration": "20000"} if form == "ogg" else {}
+    ) as output:
+        stream: Any = output.add_stream(codec, rate=rate, layout="mono")
+        for frame in frames:
+            output.mux(stream.encode(frame))
+    data = file.getvalue()
+    return [data[first : first + 200] for first in range(0, len(data), 200)]

@@ -23,7 +23,7 @@ def missing() -> str:
 
 
 @contextmanager
-def chromium(width: int = 1280, height: int = 1000) -> Iterator[webdriver.Chrome]:
+def chromium(width: int = 1280, height: int = 1000, *flags: str) -> Iterator[webdriver.Chrome]:
     """A browser with an empty profile that talks to nobody but the page under test."""
     profile = tempfile.mkdtemp(prefix="chromium-")
     options = Options()
@@ -42,6 +42,7 @@ def chromium(width: int = 1280, height: int = 1000) -> Iterator[webdriver.Chrome
         f"--user-data-dir={profile}",
         f"--window-size={width},{height}",
         "--lang=en",
+        *flags,
     ):
         options.add_argument(flag)
     driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))

@@ -12,7 +12,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
-from voicegate import __version__, errors, formats, jobs_api, keys, openapi, page_api, status_api
+from voicegate import (
+    __version__,
+    errors,
+    formats,
+    jobs_api,
+    keys,
+    live_api,
+    openapi,
+    page_api,
+    realtime_api,
+    status_api,
+)
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -27,6 +38,7 @@ from voicegate.http import (
     with_pauses,
 )
 from voicegate.jobs import Jobs
+from voicegate.live_sessions import LiveSessions
 from voicegate.logs import event
 from voicegate.metrics import GpuReader, MeasuredEngine, Metrics, TurnsReader
 from voicegate.models import ModelName
@@ -48,6 +60,7 @@ def create_app(
     metrics: Metrics | None = None,
     gpu: GpuReader | None = None,
     turns: TurnsReader | None = None,
+    sessions: LiveSessions | None = None,
 ) -> ASGIApp:
     """`gpu` reads the card's memory and `turns` who made room on it, for /status and /metrics.
 
@@ -59,6 +72,11 @@ def create_app(
         metrics = Metrics()
         engine = MeasuredEngine(engine, metrics)
     metrics.watch(engine, gpu, turns)
+    if sessions is None:
+        sessions = LiveSessions(settings, engine)
+    metrics.gauge(
+        "live_sessions", "Live sessions, those that wait for their client included", lambda: sessions.count
+    )
 
     async def transcriptions(request: Request) -> Response:
         return await speech(request, "transcribe")
@@ -114,6 +132,8 @@ def create_app(
     status_api.add_routes(app, settings, model, engine, metrics, gpu)
     page_api.add_routes(app)
     jobs_api.add_routes(app, settings, model, jobs)
+    live_api.add_routes(app, settings, model, sessions)
+    realtime_api.add_routes(app, settings, model, sessions)
     if settings.upstream:
         proxy = Proxy(settings)
         for path in PASSED_ON:
@@ -124,13 +144,14 @@ def create_app(
     add_error_handlers(app)
     known = keys.from_settings(settings)
     openapi.describe(app, known.needed, OPEN_PATHS)
-    gate = Gate(app, known, metrics, OPEN_PATHS)
-    if not settings.cors_origins:
+    origins = [item.strip() for item in settings.cors_origins.split(",") if item.strip()]
+    gate = Gate(app, known, metrics, OPEN_PATHS, origins)
+    if not origins:
         return gate
     # Outside the gate: a browser asks first, without the key, whether it may ask.
     return CORSMiddleware(
         gate,
-        allow_origins=[item.strip() for item in settings.cors_origins.split(",")],
+        allow_origins=origins,
         allow_methods=["*"],
         allow_headers=["*"],
         expose_headers=["X-Request-ID", "Retry-After"],

@@ -71,11 +71,11 @@ def decode(
             if not container.streams.audio:
                 raise bad_audio("it holds no audio stream")
             stream = container.streams.audio[0]
-            _check_shape(stream.rate, stream.channels)
+            check_shape(stream.rate, stream.channels)
             # One thread decodes an hour in seconds, and needs a bounded amount of memory.
             stream.codec_context.thread_count = 1
             resampler = _Resampler()
-            for frame in itertools.chain(_frames(container), (None,)):
+            for frame in itertools.chain(frames(container), (None,)):
                 for piece in resampler.resample(frame):
                     # The plane may be longer than what is in it.
                     target.write(memoryview(piece.planes[0])[: piece.samples * SAMPLE_BYTES])
@@ -109,7 +109,7 @@ class _Resampler:
     def resample(self, frame: av.AudioFrame | None) -> Iterator[av.AudioFrame]:
         """What comes out when `frame` goes in; None: that was the last one."""
         if frame is not None:
-            _check_shape(frame.sample_rate, frame.layout.nb_channels)
+            check_shape(frame.sample_rate, frame.layout.nb_channels)
             shape = (frame.format.name, frame.layout.name, frame.sample_rate)
             if self._graph is None:
                 self._graph, self._shape = _graph(*shape), shape
@@ -141,14 +141,14 @@ def _graph(sample_format: str, layout: str, rate: int) -> av.filter.Graph:
     return graph
 
 
-def _check_shape(rate: int, channels: int) -> None:
+def check_shape(rate: int, channels: int) -> None:
     if rate not in RATES:
         raise bad_audio(f"its sample rate, {rate} Hz, is not within {RATES.start} to {RATES.stop - 1}")
     if channels > CHANNELS:
         raise bad_audio(f"it has {channels} channels, more than {CHANNELS}")
 
 
-def _frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
+def frames(container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
     """Decoded frames; a damaged one in the middle is left out, as players do."""
     frames = container.decode(audio=0)
     damaged = 0

@@ -28,6 +28,7 @@ EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
 EXIT_UNREACHABLE = 3  # fetch: no way to the hub
 EXIT_NOT_FOUND = 4  # fetch: the hub has no such model or revision
 
+SOCKET_MESSAGE = 16 * 1024 * 1024  # bytes; OpenAI allows 15 MiB of audio in one
 HUB_TIMEOUT = 5.0  # seconds until an unreachable hub is given up
 
 
@@ -83,28 +84,33 @@ def run_server(settings: Settings) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     model = models.resolve(settings.model)
     folder: Path | None = None
+    live_folder: Path | None = None
+    option = "model"
     if not settings.upstream:
         try:
             folder = models.locate(model, settings.revision or None)
+            if settings.live_model:
+                option = "live-model"
+                live_folder = models.locate(models.resolve(settings.live_model))
         except ModelUnavailable as error:
-            print(f"voicegate: --model: {error}", file=sys.stderr)
+            print(f"voicegate: --{option}: {error}", file=sys.stderr)
             return EXIT_SETTINGS
 
     try:
-        return asyncio.run(_serve(settings, model, folder))
+        return asyncio.run(_serve(settings, model, folder, live_folder))
     except KeyboardInterrupt:
         return 130
 
 
-def make_engine(settings: Settings, folder: Path | None) -> Engine:
-    """The model in `folder`, or the upstream if there is none."""
+def make_engine(settings: Settings, folder: Path | None, live_folder: Path | None = None) -> Engine:
+    """The model in `folder` and the small one in `live_folder`, or the upstream if there is none."""
     if folder is None:
         from voicegate.upstream import UpstreamEngine
 
         return UpstreamEngine(settings)
     from voicegate.process import ProcessEngine
 
-    return ProcessEngine(settings, folder)
+    return ProcessEngine(settings, folder, live_folder)
 
 
 async def start_wyoming(settings: Settings, model: models.ModelName, engine: Engine) -> Wyoming | None:
@@ -125,18 +131,22 @@ async def start_wyoming(settings: Settings, model: models.ModelName, engine: Eng
     return server
 
 
-async def _serve(settings: Settings, model: models.ModelName, folder: Path | None) -> int:
+async def _serve(
+    settings: Settings, model: models.ModelName, folder: Path | None, live_folder: Path | None
+) -> int:
     import uvicorn
 
     from voicegate import peace
     from voicegate.api import create_app
     from voicegate.jobs import Jobs
+    from voicegate.live_sessions import LiveSessions
     from voicegate.metrics import MeasuredEngine, Metrics, read_gpu
     from voicegate.store import StoreError
 
-    engine = make_engine(settings, folder)
+    engine = make_engine(settings, folder, live_folder)
     metrics = Metrics()
     measured = MeasuredEngine(engine, metrics)
+    sessions = LiveSessions(settings, measured)
     try:
         jobs = await Jobs.open(settings, measured) if settings.data_dir else None
     except StoreError as error:
@@ -151,11 +161,15 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
             metrics,
             gpu=None if settings.device == "cpu" else functools.partial(read_gpu, settings.device_index),
             turns=lambda: peace.counted(getattr(engine, "peace", None)),
+            sessions=sessions,
         ),
         host=settings.host,
         port=settings.port,
         http="h11",
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=SOCKET_MESSAGE,
+        # A client that is told to wait with its audio answers pings late.
+        ws_ping_timeout=60.0,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -227,6 +241,7 @@ async def _serve(settings: Settings, model: models.ModelName, folder: Path | Non
         loading.cancel()
         if wyoming is not None:
             await wyoming.stop()
+        await sessions.stop()
         if jobs is not None:
             await jobs.stop()
         await engine.stop()

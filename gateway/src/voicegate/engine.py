@@ -17,8 +17,9 @@ class Rank(IntEnum):
 
     SERVER = 0  # the server's own: loading, unloading
     LIVE = 1  # somebody speaks and waits for the words
-    INTERACTIVE = 2  # somebody waits for the answer
-    JOB = 3  # stored; the result is fetched later
+    DRAFT = 2  # what is being said, so far: nothing is lost without it
+    INTERACTIVE = 3  # somebody waits for the answer
+    JOB = 4  # stored; the result is fetched later
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Options:
     temperature: float = 0.0
     words: bool = False
     hotwords: str | None = None  # words to expect, given to the decoder in every window
+    draft: bool = False  # fast rather than right, by the small model if there is one
     model: str = ""  # another than the server's own; only an upstream may have one
 
 

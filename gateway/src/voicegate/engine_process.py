@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import os
 import queue
@@ -80,10 +81,17 @@ def main() -> None:
     settings = wire.settings_from(load["value"])
     logs.configure(settings.log_level, settings.log_format)
 
+    from voicegate.decoder import Decoder
     from voicegate.whisper import Whisper  # seconds, so only now that the server is listened to
 
+    decoder = Decoder(settings)
     try:
-        whisper = Whisper(settings, Path(load["folder"]))
+        whisper = Whisper(settings, Path(load["folder"]), decoder)
+        small = whisper
+        if load["live_folder"]:
+            small = Whisper(
+                dataclasses.replace(settings, model=settings.live_model), Path(load["live_folder"]), decoder
+            )
     except ModelUnavailable as error:
         channel.send("failed", str(error))
         return
@@ -91,7 +99,7 @@ def main() -> None:
         "loaded",
         {"device": whisper.device, "compute_type": whisper.compute_type, "languages": whisper.languages},
     )
-    Transcriptions(channel, whisper).serve()
+    Transcriptions(channel, whisper, small).serve()
 
 
 class Open(NamedTuple):
@@ -105,9 +113,10 @@ class Open(NamedTuple):
 class Transcriptions:
     """Those that are open, each where it was left."""
 
-    def __init__(self, channel: Channel, whisper: Whisper) -> None:
+    def __init__(self, channel: Channel, whisper: Whisper, small: Whisper) -> None:
         self._channel = channel
         self._whisper = whisper
+        self._small = small  # for drafts; the same one, if there is no other
         self._open: dict[int, Open] = {}
 
     def serve(self) -> None:
@@ -132,7 +141,9 @@ class Transcriptions:
         logs.request_id.set(command["request_id"])
         with os.fdopen(file, "rb") as source, self._told(number):
             cancelled = functools.partial(self._channel.cancelled, number)
-            opened = self._whisper.open(source, wire.options_from(command["value"]), cancelled)
+            options = wire.options_from(command["value"])
+            whisper = self._small if options.draft else self._whisper
+            opened = whisper.open(source, options, cancelled)
         # Back to the main thread, which alone knows what is open.
         self._channel.commands.put(
             {"kind": "prepared", "number": number, "request_id": command["request_id"], "opened": opened}

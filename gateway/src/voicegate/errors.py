@@ -118,6 +118,36 @@ def queue_full(limit: int, retry_after: int) -> ApiError:
     )
 
 
+def live_limit(limit: int) -> ApiError:
+    message = (
+        f"There are {limit} live sessions already, which is as many as this server takes."
+        if limit
+        else "This server takes no live sessions (--live-limit is 0)."
+    )
+    return ApiError(
+        429, message, type="rate_limit_error", code="live_limit_exceeded", headers={"Retry-After": "5"}
+    )
+
+
+def unknown_session(name: str) -> ApiError:
+    return ApiError(
+        404, f"There is no live session '{name}' any more. Begin a new one.", param="session",
+        code="session_not_found",
+    )  # fmt: skip
+
+
+def idle(seconds: float) -> ApiError:
+    return ApiError(408, f"Nothing was sent for {seconds:g} seconds.", code="session_idle")
+
+
+def foreign_origin(origin: str) -> ApiError:
+    return ApiError(
+        403,
+        f"Pages of {origin} may not speak to this server (see --cors-origins).",
+        code="origin_not_allowed",
+    )
+
+
 def key_limit(limit: str, retry_after: int) -> ApiError:
     return ApiError(
         429,
@@ -194,3 +224,7 @@ def internal() -> ApiError:
         type="server_error",
         code="internal_error",
     )
+
+
+def ears_down() -> ApiError:
+    return unavailable("The process that listens ended unexpectedly. Connect again.", "ears_down")

@@ -8,15 +8,16 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from voicegate import errors
 from voicegate.errors import ApiError
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 ERROR_CODE = "voicegate.error_code"  # where a request's scope holds why it failed
 KEY_NAME = "voicegate.key"
+SOCKET_KEY = "openai-insecure-api-key."  # before the key, in the header where a browser can put one
 
 RECEIVE_TIMEOUT = 60.0  # seconds without a byte of an upload
 KEEP_ALIVE = 15.0  # seconds between signs of life in a stream
@@ -119,6 +121,17 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T] | A
             await asyncio.wait(left)
 
 
+async def refuse_socket(socket: WebSocket, error: ApiError) -> None:
+    """A status of its own in place of the connection."""
+    await socket.send_denial_response(error_response(error, socket.scope))
+
+
+def subprotocol(socket: WebSocket) -> str | None:
+    """The one that a client offered beside its key: browsers want one of theirs to be taken."""
+    offered: list[str] = socket.scope.get("subprotocols", [])
+    return next((name for name in offered if not name.startswith(SOCKET_KEY)), None)
+
+
 def error_response(error: ApiError, scope: Scope) -> JSONResponse:
     scope[ERROR_CODE] = error.code
     return JSONResponse(error.body(), error.status, headers=error.headers)
@@ -158,7 +171,24 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 _REQUEST_ID = re.compile(r"^[\w.:/+=-]{1,128}$", re.ASCII)
 
 
-def client_of(request: Request) -> str:
+# Where an answer's status is, or that of a WebSocket that was refused, or that it was accepted.
+_ANSWERS = ("http.response.start", "websocket.http.response.start", "websocket.accept")
+_READ = (b"x-request-id", b"authorization", b"origin", b"host")
+
+
+def _method(scope: Scope) -> str:
+    return str(scope.get("method", "WEBSOCKET"))
+
+
+def _credentials(scope: Scope, headers: Mapping[bytes, bytes]) -> bytes:
+    """A browser can put no header on a WebSocket, but it can offer protocols."""
+    offered = (name for name in scope.get("subprotocols", ()) if name.startswith(SOCKET_KEY))
+    if (name := next(offered, None)) is not None and b"authorization" not in headers:
+        return b"Bearer " + str(name).removeprefix(SOCKET_KEY).encode()
+    return bytes(headers.get(b"authorization", b""))
+
+
+def client_of(request: HTTPConnection) -> str:
     """Who asks, for a fair order: the name of the key, without one the address."""
     return str(request.scope.get(KEY_NAME) or (request.client.host if request.client else ""))
 
@@ -166,19 +196,26 @@ def client_of(request: Request) -> str:
 class Gate:
     """Around every request: its id, the key, one line in the log, metrics, failures in OpenAI's shape."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, open_paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        metrics: Metrics,
+        open_paths: frozenset[str],
+        origins: Sequence[str] = (),
+    ) -> None:
+        """`origins`: pages of which other sites may open a WebSocket."""
         self._app = app
+        self._origins = origins
         self._keys = keys
         self._metrics = metrics
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        headers = {
-            name: value for name, value in scope["headers"] if name in (b"x-request-id", b"authorization")
-        }
+        headers = {name: value for name, value in scope["headers"] if name in _READ}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         current = given if _REQUEST_ID.match(given) else f"req_{uuid.uuid4().hex}"
         token = request_id.set(current)
@@ -188,44 +225,64 @@ class Gate:
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", current.encode())]
+            if message["type"] in _ANSWERS:
+                status = message.get("status", 101)
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", current.encode())]
             await send(message)
 
         try:
+            if scope["type"] == "websocket":
+                self._check_origin(headers)
             if scope["path"] not in self._open_paths:
-                key = self._keys.find(headers.get(b"authorization", b""))
+                key = self._keys.find(_credentials(scope, headers))
             scope[KEY_NAME] = key.name if key else ""
             # Looking is free, work is counted.
-            with self._keys.work(key if scope["method"] == "POST" else None):
+            with self._keys.work(key if scope.get("method", "POST") == "POST" else None):
                 await self._app(scope, receive, send_with_id)
-        except ApiError as error:  # of the key
-            await error_response(error, scope)(scope, receive, send_with_id)
+        except ApiError as error:  # of the key, or the origin
+            await self._refuse(error, scope, receive, send_with_id)
         except ClientDisconnect:
             status = 499  # nobody is there to read it; the number is nginx's, for the log
         except Exception:
             logger.exception("request_failed")
             if status == 0:
-                await error_response(errors.internal(), scope)(scope, receive, send_with_id)
+                await self._refuse(errors.internal(), scope, receive, send_with_id)
             status = 500
         finally:
             seconds = time.perf_counter() - started
             self._count(scope, status, seconds, key)
             quiet = scope["path"] in ("/health", "/ready", "/metrics") and status < 400
             event(
-                "request", level=logging.DEBUG if quiet else logging.INFO, method=scope["method"],
+                "request", level=logging.DEBUG if quiet else logging.INFO, method=_method(scope),
                 path=scope["path"], status=status, seconds=seconds,
                 code=scope.get(ERROR_CODE), key=key.name if key else None,
             )  # fmt: skip
             request_id.reset(token)
 
+    def _check_origin(self, headers: Mapping[bytes, bytes]) -> None:
+        """A browser lets any page open a WebSocket to anywhere, and leaves the judgement to the server."""
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not origin or "*" in self._origins or origin in self._origins:
+            return
+        if origin.partition("://")[2] != headers.get(b"host", b"").decode("latin-1"):
+            raise errors.foreign_origin(origin)
+
+    @staticmethod
+    async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await refuse_socket(WebSocket(scope, receive, send), error)
+        else:
+            await error_response(error, scope)(scope, receive, send)
+
     def _count(self, scope: Scope, status: int, seconds: float, key: Key | None) -> None:
         # The pattern of the route, not the path: a client must not be able to make new series.
         route = getattr(scope.get("route"), "path_format", "unknown")
-        method = scope["method"] if scope["method"] in ("GET", "POST", "DELETE") else "other"
+        method = _method(scope)
+        if method not in ("GET", "POST", "DELETE", "WEBSOCKET"):
+            method = "other"
         self._metrics.requests.labels(method, route, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+        if scope["type"] == "http":
+            self._metrics.request_seconds.labels(route).observe(seconds)
         if key is not None:
             self._metrics.by_key.labels(key.name).inc()
         if (code := scope.get(ERROR_CODE)) is not None:

@@ -8,7 +8,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -85,6 +92,10 @@ class Metrics:
         )
         for name, label in _ENGINE_EVENTS.items():
             self.count_event(name, self.engine_events.labels(label))
+
+    def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
+        """`voicegate_NAME`, asked for whenever the metrics are."""
+        Gauge(f"voicegate_{name}", help, registry=self.registry).set_function(read)
 
     def counter(self, name: str, help: str, *labels: str) -> Counter:
         """`voicegate_NAME_total`."""
@@ -191,7 +202,8 @@ class MeasuredEngine:
                     info = item
                 yield item
         # Only what was done to its end: half a transcription has no speed.
-        if info is None or timed.taken is None:
+        # And a draft is audio that comes again.
+        if info is None or timed.taken is None or options.draft:
             return
         seconds = time.monotonic() - timed.taken
         self._metrics.wait_seconds.observe(timed.taken - asked)

@@ -13,12 +13,11 @@ import importlib.metadata
 import itertools
 import logging
 import socket
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from voicegate import errors, wire
+from voicegate import child, errors, wire
 from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segment, Source, Status
 from voicegate.errors import ApiError, ModelUnavailable
 from voicegate.logs import event, request_id
@@ -50,12 +49,7 @@ class Process:
 
     @classmethod
     async def spawn(cls) -> Process:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "voicegate.engine_process", str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
-            )  # fmt: skip
+        process, ours = await child.spawn("voicegate.engine_process")
         self = cls(process, ours)
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.LINE_LIMIT)
         self._reading = asyncio.create_task(self._read())
@@ -121,9 +115,11 @@ class Process:
 
 
 class ProcessEngine:
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, live_folder: Path | None = None) -> None:
+        """`live_folder`: of a small model for drafts, loaded and unloaded with the other."""
         self._settings = settings
         self._folder = folder
+        self._live_folder = live_folder
         self._worker = Worker(settings.queue_limit)
         self._process: Process | None = None
         self._loading: Process | None = None
@@ -248,7 +244,8 @@ class ProcessEngine:
         process = self._loading = await Process.spawn()
         event("engine_started", pid=process.pid)
         try:
-            process.send(wire.pack("load", wire.settings_to(settings), folder=str(self._folder)))
+            folders = {"folder": str(self._folder), "live_folder": str(self._live_folder or "")}
+            process.send(wire.pack("load", wire.settings_to(settings), **folders))
             answer = await process.receive()
         except Ended:
             code = await process.wait()

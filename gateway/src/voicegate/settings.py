@@ -104,6 +104,13 @@ class Settings:
     data_dir: str = _setting(
         "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
     )
+    live_model: str = _setting(
+        "", "small model for what is being said, until it was said (default: the same as for the rest)"
+    )
+    live_limit: int = _setting(8, "live sessions at the same time (0: none); more get status 429", low=0)
+    live_resume_seconds: int = _setting(
+        30, "how long a live session waits for a client that was cut off", low=0
+    )
     job_limit: int = _setting(1000, "jobs that may wait or run; more get status 429", low=1)
     job_retention_hours: int = _setting(
         168, "how long finished jobs are kept (0: until the quota needs the room)", low=0
@@ -195,6 +202,11 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
         models.resolve(settings.model)
     except ModelUnavailable as error:
         problems.append(f"--model: {error}")
+    if settings.live_model and not settings.upstream:
+        try:
+            models.resolve(settings.live_model)
+        except ModelUnavailable as error:
+            problems.append(f"--live-model: {error}")
     if settings.language:
         code = languages.code_of(settings.language)
         if settings.language.casefold() == "auto":

@@ -17,13 +17,11 @@ from faster_whisper.vad import VadOptions, get_vad_model
 from numpy.typing import NDArray
 
 from voicegate.audio import RATE
+from voicegate.vad import CONTEXT, WINDOW, Listening, Samples
 
-Samples = NDArray[np.int16]
 Floats = NDArray[np.float32]
 
-CHUNK = 512  # samples that the voice detector judges at once
-CONTEXT = 64  # samples of the chunk before that it sees, too
-CHUNKS = 500  # for one run of the detector: 16 seconds
+WINDOWS = 500  # for one run of the detector: 16 seconds
 FRAMES = 3000  # of the spectrum computed at once: 30 seconds, or up to a minute at the end
 
 
@@ -34,28 +32,20 @@ def floats(samples: NDArray[Any]) -> Floats:
     return samples.astype(np.float32) / np.float32(32768)
 
 
-def probabilities(samples: Samples) -> Iterator[Floats]:
-    """How probable it is that somebody speaks, for each chunk; several at once."""
-    session = get_vad_model().session
-    h = c = np.zeros((1, 1, 128), np.float32)
-    before = np.zeros(CONTEXT, np.float32)
-    count = len(samples) // CHUNK + 1
-    for first in range(0, count, CHUNKS):
-        piece = floats(samples[first * CHUNK : (first + CHUNKS) * CHUNK])
-        last = first + CHUNKS >= count
-        if last:
-            piece = np.pad(piece, (0, (count - first) * CHUNK - len(piece)))
-        chunks = piece.reshape(-1, CHUNK)
-        if last:
-            chunks[-1, -CONTEXT:] = 0  # as faster-whisper has it
-        context = np.vstack((before, chunks[:-1, -CONTEXT:]))
-        before = chunks[-1, -CONTEXT:]
-        found, h, c = session.run(None, {"input": np.hstack((context, chunks)), "h": h, "c": c})
-        yield found
+def probabilities(samples: Samples) -> Iterator[list[float]]:
+    """How probable it is that somebody speaks, for each window; several at once."""
+    listening = Listening(get_vad_model().session)
+    count = len(samples) // WINDOW + 1
+    for first in range(0, count, WINDOWS):
+        piece = samples[first * WINDOW : (first + WINDOWS) * WINDOW]
+        if first + WINDOWS >= count:
+            piece = np.pad(piece, (0, (count - first) * WINDOW - len(piece)))
+            piece[-CONTEXT:] = 0  # as faster-whisper has it
+        yield listening.probabilities(piece)
 
 
 def spans(speaking: Iterable[float], length: int) -> list[dict[str, int]]:
-    """`start` and `end` in samples, from the probabilities of the chunks of a recording of that `length`.
+    """`start` and `end` in samples, from the probabilities of the windows of a recording of that `length`.
 
     Somebody begins to speak at the threshold and has ended after two seconds below a lower one; what is
     found is made longer at both ends, up to the middle of a pause.
@@ -68,7 +58,7 @@ def spans(speaking: Iterable[float], length: int) -> list[dict[str, int]]:
     start: int | None = None
     end: int | None = None  # if nothing more is said
     for index, value in enumerate(speaking):
-        place = index * CHUNK
+        place = index * WINDOW
         if value >= options.threshold:
             end = None
             if start is None:
@@ -99,7 +89,7 @@ def find(samples: Samples, cancelled: Callable[[], bool] = lambda: False) -> lis
     """Where somebody speaks; up to where it had come once `cancelled`."""
     speaking: list[float] = []
     for piece in probabilities(samples):
-        speaking += piece.ravel().tolist()
+        speaking += piece
         if cancelled():
             break
     return spans(speaking, len(samples))

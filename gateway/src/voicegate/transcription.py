@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from voicegate import errors, formats, languages, subtitles
+from voicegate import errors, formats, languages, live, subtitles
+from voicegate.ears_wire import FORMATS, PCM_RATES, RATE, Turn
 from voicegate.engine import Info, Options, Segment, Source, Task
 from voicegate.models import ModelName
 from voicegate.settings import Settings
@@ -46,6 +47,47 @@ def parse_job(form: Form, model: ModelName, settings: Settings) -> Asked:
         asked, stream=False, layout=_layout(form), granularities=granularities,
         options=replace(asked.options, words="word" in granularities),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LiveAsked:
+    """What a live session asks for, checked."""
+
+    asked: live.Asked
+    format: str
+    rate: int  # of pcm16, in Hz
+    turn: Turn | None
+
+
+def parse_live(form: Form, model: ModelName, settings: Settings) -> LiveAsked:
+    """The query of a live session; ApiError names what is wrong."""
+    requested = form.get("model")
+    known = model.matches(requested)
+    if not known and not settings.upstream:
+        raise errors.unknown_model(requested, [model.id])
+    options = Options(
+        task=_task(form, "transcribe"),
+        language=_language(form, settings),
+        prompt=form.get("prompt") or None,
+        temperature=_temperature(form.get("temperature")),
+        words=_boolean(form.get("words"), "words"),
+        hotwords=form.get("hotwords") or None,
+        model="" if known else requested,
+    )
+    turn: Turn | None = Turn(
+        threshold=_number(form, "threshold", Turn.threshold, 0.05, 0.95),
+        silence=int(_number(form, "silence_ms", Turn.silence, 100, 10_000)),
+        prefix=int(_number(form, "prefix_ms", Turn.prefix, 0, 2000)),
+    )
+    partials = _number(form, "partials", live.Asked.partials, 0, 60)
+    if not _boolean(form.get("vad") or "true", "vad"):
+        turn, partials = None, 0.0  # it may be silence, which is not for the engine
+    return LiveAsked(
+        live.Asked(options, partials),
+        _one_of("format", form.get("format") or FORMATS[0], FORMATS),
+        int(_number(form, "rate", RATE, PCM_RATES.start, PCM_RATES.stop - 1)),
+        turn,
+    )
 
 
 def result_as(asked: Asked, query: Form) -> Asked:
@@ -93,7 +135,7 @@ def _granularities(form: Form) -> tuple[str, ...]:
     return tuple(_one_of("timestamp_granularities", value, GRANULARITIES) for value in found) or ("segment",)
 
 
-def _number(form: Form, param: str, default: float, low: int, high: int) -> float:
+def _number(form: Form, param: str, default: float, low: float, high: float) -> float:
     text = form.get(param)
     try:
         value = float(text) if text else default

@@ -121,7 +121,8 @@ class UpstreamEngine:
                 await asyncio.sleep(PROBE_PAUSES[0])
 
     async def _post(self, path: str, descriptor: int, options: Options) -> dict[str, Any]:
-        form = fields(options.model or self._model, options)
+        draft = self._settings.live_model if options.draft else ""
+        form = fields(options.model or draft or self._model, options)
         body, length, content_type = multipart(form, descriptor)
         headers = {"content-type": content_type, "content-length": str(length)}
         if current := request_id.get():

@@ -100,13 +100,13 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
 class Whisper:
     """The model and what it does. Lives in the engine's process."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, decoder: Decoder) -> None:
         self.device = settings.device
         self.compute_type = settings.compute_type
         self._settings = settings
         self._folder = folder
         self._threads = settings.cpu_threads or default_threads()
-        self._decoder = Decoder(settings)
+        self._decoder = decoder
         self._model = self._load()
 
     @property
@@ -216,7 +216,7 @@ class Whisper:
         samples = np.frombuffer(decoded, np.int16)
         duration = samples.shape[0] / audio.RATE
         spans: list[dict[str, int]] = []
-        if self._settings.vad:
+        if self._settings.vad and not options.draft:  # of a draft it is known to be speech
             spans = speech.find(samples, cancelled)
             if not spans:
                 return Info(options.task, language, duration, 0.0), iter(())
@@ -228,9 +228,7 @@ class Whisper:
             samples,
             language=language,
             task=options.task,
-            beam_size=self._settings.beam_size,
-            # 0 lets faster-whisper climb through higher ones where the text looks wrong.
-            **({"temperature": options.temperature} if options.temperature else {}),
+            **self._search(options),
             initial_prompt=options.prompt or None,
             hotwords=options.hotwords,
             word_timestamps=options.words,
@@ -239,6 +237,13 @@ class Whisper:
             segments = restore_speech_timestamps(segments, spans, audio.RATE)
         info = Info(options.task, found.language, duration, found.duration)
         return info, self._segments(segments)
+
+    def _search(self, options: Options) -> dict[str, Any]:
+        if options.draft:
+            return {"beam_size": 1, "temperature": 0.0}
+        # 0 lets faster-whisper climb through higher ones where the text looks wrong.
+        warmth = {"temperature": options.temperature} if options.temperature else {}
+        return {"beam_size": self._settings.beam_size, **warmth}
 
     def _segments(self, segments: Iterable[Any]) -> Iterator[Segment]:
         with self._failures():

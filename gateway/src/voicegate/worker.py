@@ -27,9 +27,9 @@ T = TypeVar("T")
 
 # Seconds without a step after which one is due whatever else waits: a file moves on by a segment a minute
 # at the least, under any load.
-DUE = {Rank.LIVE: 5.0, Rank.INTERACTIVE: 20.0, Rank.JOB: 60.0}
+DUE = {Rank.LIVE: 5.0, Rank.DRAFT: 5.0, Rank.INTERACTIVE: 20.0, Rank.JOB: 60.0}
 # How many may be open, each with its audio in memory. Every rank has its own: a better one finds room always.
-OPEN = {Rank.LIVE: 8, Rank.INTERACTIVE: 4, Rank.JOB: 2}
+OPEN = {Rank.LIVE: 8, Rank.DRAFT: 8, Rank.INTERACTIVE: 4, Rank.JOB: 2}
 OPEN_PER_CLIENT = 2  # one computes, the next one is prepared
 
 

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import struct
 import time
 import uuid
 
 from wyoming import asr, audio, error, event, info, ping
 
 from voicegate import __version__, errors, languages
+from voicegate.audio_file import HEADER, wav_header
 from voicegate.engine import Engine, Info, Options, Segment
 from voicegate.errors import ApiError
 from voicegate.logs import event as log
@@ -29,7 +29,6 @@ CONNECTIONS = 64
 IDLE = 60.0  # seconds without an event
 LINGER = 2.0  # seconds for a client that was refused to take notice
 EVENT_LIMIT = 1024 * 1024  # bytes of an event's data or audio; satellites send a few KiB
-HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 
 
 class BoundedReader(asyncio.StreamReader):
@@ -168,7 +167,8 @@ class Conversation:
         if self._asked.name and not self._model.matches(self._asked.name):
             raise errors.unknown_model(self._asked.name, [self._model.id])
         options = Options(language=self._language(), prompt=self._prompt())
-        os.pwrite(self._upload.descriptor(), wav_header(self._format, self._upload.size - HEADER.size), 0)
+        form, size = self._format, self._upload.size - HEADER.size
+        os.pwrite(self._upload.descriptor(), wav_header(form.rate, form.width, form.channels, size), 0)
         started = time.perf_counter()
         segments: list[Segment] = []
         found: Info | None = None
@@ -237,12 +237,3 @@ async def refuse(talk: Conversation, reader: asyncio.StreamReader, answer: error
             talk.hang_up()
             while await reader.read(65536):
                 pass
-
-
-def wav_header(form: audio.AudioStart, size: int) -> bytes:
-    """The head of a WAV file with `size` bytes of PCM."""
-    frame = form.width * form.channels
-    return HEADER.pack(
-        b"RIFF", 36 + size, b"WAVE", b"fmt ", 16, 1, form.channels, form.rate, form.rate * frame, frame,
-        8 * form.width, b"data", size,
-    )  # fmt: skip

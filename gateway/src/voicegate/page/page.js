@@ -1,5 +1,6 @@
 "use strict";
-// Drop a file or speak; the text comes as a stream of events, each with the times of its words.
+// Drop a file; the text comes as a stream of events, each with the times of its words.
+// Speak; the words come while you do, and then the recording is treated like a file.
 const $ = (id) => document.getElementById(id);
 const LANGUAGES = ["ar", "de", "en", "es", "fr", "he", "hi", "it", "ja", "ko", "nl", "pl", "pt", "ru", "tr", "uk", "zh"];
 let file = null, words = [], stopper = null, recorder = null, address = "";
@@ -110,6 +111,37 @@ async function take(button) {
   button.disabled = false;
 }
 
+// A live session beside the recording; where it cannot be had, the words come at the end only.
+function listen(kind) {
+  const form = kind.includes("webm") ? "webm" : "ogg";
+  const key = sessionStorage.getItem("key");
+  const query = new URLSearchParams({ format: form, partials: "0.5", language: $("language").value });
+  const protocols = ["voicegate", ...(key ? [`openai-insecure-api-key.${key}`] : [])];
+  const socket = new WebSocket(`${location.origin.replace(/^http/, "ws")}/ws/transcribe?${query}`, protocols);
+  const early = [], said = [];
+  socket.addEventListener("open", () => early.splice(0).forEach((piece) => socket.send(piece)));
+  socket.addEventListener("message", ({ data }) => {
+    const message = JSON.parse(data);
+    if (message.type === "final") said.push(message.text);
+    if (message.type !== "final" && message.type !== "partial") return;
+    const now = message.type === "partial" ? message.text : "";
+    $("live").hidden = false;
+    $("sure").textContent = said.concat(now.slice(0, message.stable)).join(" ").trim() + " ";
+    $("unsure").textContent = now.slice(message.stable ?? 0).trim();
+  });
+  const send = (piece) => (socket.readyState === WebSocket.CONNECTING ? early.push(piece)
+    : socket.readyState === WebSocket.OPEN && socket.send(piece));
+  return {
+    send,
+    end() {
+      send(JSON.stringify({ type: "end" }));
+      $("live").hidden = true;
+      $("sure").textContent = $("unsure").textContent = "";
+      socket.close(1000); // nobody comes back to this session
+    },
+  };
+}
+
 async function record() {
   if (recorder) return recorder.stop();
   let stream;
@@ -120,17 +152,23 @@ async function record() {
     return say(`The microphone cannot be used: ${error.message}`, true);
   }
   const pieces = [];
-  recorder = new MediaRecorder(stream);
-  recorder.addEventListener("dataavailable", (event) => pieces.push(event.data));
+  const kinds = ["audio/webm;codecs=opus", "audio/ogg;codecs=opus"].filter((kind) => MediaRecorder.isTypeSupported(kind));
+  recorder = new MediaRecorder(stream, kinds.length ? { mimeType: kinds[0] } : {});
+  const hearer = kinds.length ? listen(kinds[0]) : null; // what Safari records cannot be read before it is whole
+  recorder.addEventListener("dataavailable", (event) => {
+    pieces.push(event.data);
+    hearer?.send(event.data);
+  });
   recorder.addEventListener("stop", () => {
     stream.getTracks().forEach((track) => track.stop());
     const kind = recorder.mimeType;
     recorder = null;
+    hearer?.end();
     $("record").textContent = "Speak";
     $("record").setAttribute("aria-pressed", "false");
     transcribe(new File(pieces, `recording.${kind.includes("mp4") ? "mp4" : "webm"}`, { type: kind }));
   });
-  recorder.start();
+  recorder.start(250); // milliseconds in a piece
   $("record").textContent = "Stop and transcribe";
   $("record").setAttribute("aria-pressed", "true");
   say("Speak now.");
