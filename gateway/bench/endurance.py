@@ -212,16 +212,19 @@ def mixture(folder: Path) -> list[Request]:
 
 
 def many(server: int, port: int, count: int, round_: list[Request], every: int = EVERY) -> dict[str, Any]:
-    """Send `count` requests, one after the other, and read memory every hundredth."""
+    """Send `count` requests, one after the other, and read memory every hundredth. Ctrl-C: what there is."""
     kept = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     readings: list[dict[str, float]] = []
     started = time.monotonic()
-    for number, request in enumerate(itertools.islice(itertools.cycle(round_), count), 1):
-        request.send(port, kept)
-        if number % every == 0:
-            readings.append({"requests": number} | reading(server))
+    number = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for request in itertools.islice(itertools.cycle(round_), count):
+            request.send(port, kept)
+            number += 1
+            if number % every == 0:
+                readings.append({"requests": number} | reading(server))
     kept.close()
-    return {"requests": count, "seconds": round(time.monotonic() - started, 1), "readings": readings}
+    return {"requests": number, "seconds": round(time.monotonic() - started, 1), "readings": readings}
 
 
 def judged(readings: list[dict[str, float]]) -> dict[str, dict[str, float]]:

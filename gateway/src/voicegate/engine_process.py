@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from voicegate.whisper import Whisper
 
 
+M_ARENA_MAX = -8  # malloc.h
 LONG = 300.0  # seconds of audio after which memory is given back to the system
 
 
@@ -72,6 +73,7 @@ class Channel:
 
 
 def main() -> None:
+    limit_arenas()
     # Ctrl-C and systemd signal the whole group; the server decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -187,8 +189,18 @@ class Transcriptions:
             self._channel.send("error", wire.error_to(errors.internal()), number)
 
 
+# Of glibc's malloc; another C library has neither these functions nor what they are needed for.
+
+
+def limit_arenas() -> None:
+    """One heap for all threads: each with its own keeps what it freed, and together they grow for thousands
+    of requests."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
 def give_back() -> None:
-    """What was freed, the C library keeps for the next one; not every one can let go of it."""
+    """What was freed, malloc keeps for the next one, however much it is."""
     if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
