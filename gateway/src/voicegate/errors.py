@@ -58,6 +58,28 @@ def bad_audio(detail: str) -> ApiError:
     return invalid(f"The file could not be read as audio: {detail}.", "file", "invalid_audio")
 
 
+def decode_timeout(seconds: float) -> ApiError:
+    return invalid(
+        f"Decoding the audio took longer than this server allows ({seconds:g} seconds).",
+        "file",
+        "decode_timeout",
+    )
+
+
+def decode_memory(limit_mib: int) -> ApiError:
+    return invalid(
+        f"Decoding the audio needs more memory than this server allows ({limit_mib} MiB).",
+        "file",
+        "decode_memory",
+    )
+
+
+def decode_crashed() -> ApiError:
+    return invalid(
+        "The file could not be read as audio: its decoder crashed over it.", "file", "decode_crashed"
+    )
+
+
 def too_large(limit_mib: int) -> ApiError:
     return ApiError(
         413,

@@ -125,6 +125,9 @@ class Settings:
         "",
         "networks and host names that webhooks may call although they are loopback, link-local or metadata",
     )
+    max_decode_mib: int = _setting(
+        256, "memory of the process that decodes one upload, in MiB; its samples do not count", low=64
+    )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
     )
