@@ -100,6 +100,7 @@ class Settings:
     )
     upstream_model: str = _setting("", "what that server calls the model [--model]")
     upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
+    upstream_parallel: int = _setting(1, "requests sent to that server at once; live speech one more", low=1)
     upstream_api_key_file: str = _setting("", "file with the key that server wants")
     data_dir: str = _setting(
         "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"

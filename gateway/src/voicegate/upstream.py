@@ -34,7 +34,7 @@ class Unreachable(Exception):
 
 
 class UpstreamEngine:
-    """Whole files, one at a time; what a file says comes when the upstream has all of it."""
+    """Whole files, as many at once as it takes; what one says comes when the upstream has all of it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -47,7 +47,7 @@ class UpstreamEngine:
             timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
             trust_env=False,  # a proxy is for the world, and this is a neighbour
         )
-        self._worker = Worker(settings.queue_limit)
+        self._worker = Worker(settings.queue_limit, parallel=settings.upstream_parallel, live_beyond=True)
         self._state: LoadState = "loading"
         self._error: str | None = None
         self._there = asyncio.Event()
