@@ -1,31 +1,28 @@
 """Peace on the card: decisions as a table and as properties, and the whole over stand-ins.
 
-Stand-ins: the card (tests/support/nvml) and Ollama's memory (`OllamaStandIn` here): there is no GPU to fill.
+Stand-ins: the card (tests/support/nvml) and Ollama's memory (`OllamaStandIn`): there is no GPU to fill.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-import json
 import math
-import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import nvml_standin
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from standins import OllamaStandIn
 from voicegate import card, peace
 from voicegate.fallback import Fallback, fallbacks
 from voicegate.ollama import Loaded, Ollama, OllamaError, read_loaded
@@ -166,121 +163,6 @@ def test_what_ollama_says_is_read() -> None:
 
 
 # -- the whole, with stand-ins for the card and for Ollama's memory
-
-
-class OllamaStandIn:
-    """Ollama's API as far as memory goes, on a card whose numbers it writes for the NVML stand-in."""
-
-    TOTAL = 12_000
-
-    def __init__(self, folder: Path) -> None:
-        self.cards = folder / "cards.txt"
-        self.models: dict[str, dict[str, Any]] = {}
-        self.sizes: dict[str, int] = {}
-        self.log: list[str] = []
-        self.embedders: set[str] = set()
-        self.speech: Callable[[], int] = lambda: 0  # MiB the speech model holds
-        self._lock = threading.RLock()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with owner._lock:
-                    listed = [owner._shown(name) for name in owner.models]
-                self._answer({"models": listed})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if body["model"] in owner.embedders and self.path != "/api/embed" and body["keep_alive"]:
-                    self._answer({"error": "does not support generate"}, 400)
-                    return
-                if body["keep_alive"] == 0:
-                    owner.let_go(body["model"])
-                else:
-                    owner.load(body["model"], keep=float(body["keep_alive"]))
-                self._answer({"done": True})
-
-            def _answer(self, body: Any, status: int = 200) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        self._write()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def load(self, name: str, size: int = 0, keep: float = 300.0, busy: bool = False) -> None:
-        """What does not fit beside the rest goes to the CPU."""
-        with self._lock:
-            self.sizes[name] = size or self.sizes[name]
-            self.log.append(f"load {name}")
-            free = self.TOTAL - self.used
-            vram = min(free, self.sizes[name])
-            self.models[name] = {
-                "vram": vram,
-                "until": time.time() + keep if keep >= 0 else 1e10,
-                "busy": busy,
-            }
-            self._write()
-
-    def let_go(self, name: str) -> None:
-        with self._lock:
-            self.log.append(f"unload {name}")
-            found = self.models.get(name)
-            if found is None:
-                return
-            found["until"] = time.time()
-            if not found["busy"]:
-                del self.models[name]
-            self._write()
-
-    def finish(self, name: str) -> None:
-        with self._lock:
-            found = self.models[name]
-            found["busy"] = False
-            if found["until"] <= time.time():
-                del self.models[name]
-            self._write()
-
-    @property
-    def used(self) -> int:
-        return self.speech() + sum(int(one["vram"]) for one in self.models.values())
-
-    def _shown(self, name: str) -> dict[str, Any]:
-        found = self.models[name]
-        until = datetime.datetime.fromtimestamp(min(found["until"], 9e9), datetime.UTC)
-        mib = 1024 * 1024
-        return {"name": name, "digest": "", "size": self.sizes[name] * mib, "size_vram": found["vram"] * mib,
-                "expires_at": until.isoformat()}  # fmt: skip
-
-    def _write(self) -> None:
-        text = nvml_standin.DRIVER + nvml_standin.card(memory=f"{self.TOTAL} 0 {self.used}")
-        fresh = self.cards.with_suffix(".new")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.cards)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not nvml_standin.has_compiler():
-        pytest.skip(nvml_standin.NO_COMPILER)
-    return nvml_standin.build(tmp_path_factory.mktemp("nvml")).parent
-
-
-@pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[OllamaStandIn]:
-    stand_in = OllamaStandIn(tmp_path)
-    yield stand_in
-    stand_in.close()
 
 
 @pytest.fixture
@@ -435,7 +317,7 @@ class Quiet:
     def idle(self) -> bool:
         return True
 
-    def on_card(self) -> bool:
+    async def on_card(self) -> bool:
         return self.loaded
 
     async def unload(self) -> None:
