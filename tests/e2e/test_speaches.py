@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
+from e2e import wait_for
 
 pytestmark = [pytest.mark.incus, pytest.mark.speaches]
 
@@ -102,10 +103,17 @@ class Server:
         address = next(entry["address"] for entry in addresses if entry["family"] == "inet")
         return f"http://{address}:8000"
 
-    def hear(self, model: str) -> str:
+    def on_card(self) -> list[str]:
+        """The speech models that Speaches says it has loaded."""
+        with urllib.request.urlopen(f"{self.url}/api/ps", timeout=10) as answer:
+            return [name for name in json.load(answer)["models"] if name.startswith("local/")]
+
+    def hear(self, model: str, port: int = 8000) -> str:
         body, kind = _stt_speaches.form({"model": model}, CLIP.name, CLIP.read_bytes())
         request = urllib.request.Request(
-            f"{self.url}/v1/audio/transcriptions", data=body, headers={"Content-Type": kind}
+            f"{self.url.removesuffix('8000')}{port}/v1/audio/transcriptions",
+            data=body,
+            headers={"Content-Type": kind},
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as response:
@@ -202,12 +210,33 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
     assert "speaches, 0.9.0-rc.3, whisper-demo" in run.output
     for name in ("whisper-1", str(ROOT / "demo/whisper-demo")):
         assert server.hear(name) == SENTENCE
-    with urllib.request.urlopen(
-        f"{server.url}/api/ps", timeout=10
-    ) as answer:  # Speaches' own API, through it
-        assert json.load(answer)["models"][0].startswith("local/whisper-demo-")
+    assert len(server.on_card()) == 1  # Speaches' own API, through it
     assert server.apply().changed == 0
+    takes_turns(server)
     infra.write_text(before, encoding="utf-8")
     server.apply("--tags", "infra,stt")
     assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
     assert server.hear("whisper-1") == SENTENCE
+
+
+def takes_turns(server: Server) -> None:
+    """A gateway like the unit's, but as on a card: it has the model loaded for a request, and let go after it."""
+    unit = inside("systemctl", "cat", "voicegate").splitlines()
+    (start,) = [line.removeprefix("ExecStart=") for line in unit if line.startswith("ExecStart=")]
+    options = ["--port=8002", "--data-dir=", "--vram-policy=exclusive", "--vram-need-mib=100"]
+    environment = "--property=EnvironmentFile=/etc/sottovoce/voicegate.env"
+    inside("systemd-run", "--unit=turns", environment, *start.split(), *options)
+    try:
+        wait_for(30, lambda: not server.on_card())
+        for _ in range(2):
+            assert server.hear("whisper-1", 8002) == SENTENCE
+            wait_for(30, lambda: not server.on_card())
+        log = inside("journalctl", "--no-pager", "--unit=turns")
+        assert log.count(" model_loaded ") == 2, log
+        assert log.count(" model_unloaded ") == 3, log
+        assert log.count(" vram step=proceed policy=exclusive ") == 2, log
+        assert "speaches_failed" not in log
+    finally:
+        inside("systemctl", "stop", "turns")
+    assert server.hear("whisper-1") == SENTENCE  # Speaches loads it by itself
+    assert len(server.on_card()) == 1
