@@ -313,15 +313,16 @@ def test_a_hundred_mixed_requests_lose_nothing(shared: Callable[..., Server], ol
 class Quiet:
     def __init__(self) -> None:
         self.loaded, self.log = True, list[str]()
+        self.busy = self.stays = False
 
     def idle(self) -> bool:
-        return True
+        return not self.busy
 
     async def on_card(self) -> bool:
         return self.loaded
 
     async def unload(self) -> None:
-        self.loaded = False
+        self.loaded = self.stays
         self.log.append("unload")
 
     async def start(self) -> None:
@@ -347,7 +348,10 @@ def test_what_went_comes_back_when_asked(ollama: OllamaStandIn) -> None:
         tenant = Quiet()
         await it.look(tenant)
         assert "llm" not in ollama.models  # the speech model is still there
-        tenant.loaded = False
+        tenant.loaded, tenant.busy = False, True
+        await it.look(tenant)
+        assert "llm" not in ollama.models  # it is about to be
+        tenant.busy = False
         await it.look(tenant)
         assert 500 < ollama.models["llm"]["until"] - time.time() <= 600
         await it.look(tenant)
@@ -367,6 +371,37 @@ def test_what_cannot_fit_is_not_tried_again_and_again(ollama: OllamaStandIn) -> 
             await it.look(tenant)
         assert ollama.log == ["load huge"]
         assert tenant.log == []
+        await it.stop()
+
+    asyncio.run(run())
+
+
+def test_what_a_request_came_before_is_mended_later(ollama: OllamaStandIn) -> None:
+    async def run() -> None:
+        ollama.speech = lambda: NEED
+        ollama.load("llm", 11_000)
+        it = make(ollama.url, lambda: ollama.TOTAL - ollama.used)
+        tenant = Quiet()
+        tenant.stays = True  # a request between the look and the unloading
+        await it.look(tenant)
+        assert (ollama.log, tenant.log) == (["load llm"], ["unload"])
+        tenant.stays, ollama.speech = False, lambda: NEED if tenant.loaded else 0
+        await it.look(tenant)
+        assert ollama.log == ["load llm", "unload llm", "load llm"]
+        assert it.repairs["llm"] == 1
+        await it.stop()
+
+    asyncio.run(run())
+
+
+def test_what_an_engine_keeps_is_not_room(ollama: OllamaStandIn) -> None:
+    async def run() -> None:
+        ollama.speech = lambda: NEED
+        ollama.load("llm", ollama.TOTAL - 400)  # fits without the engine, and not beside what it keeps
+        it = make(ollama.url, lambda: ollama.TOTAL - ollama.used, vram_kept_mib=500)
+        tenant = Quiet()
+        await it.look(tenant)
+        assert (ollama.log, tenant.log) == (["load llm"], [])
         await it.stop()
 
     asyncio.run(run())

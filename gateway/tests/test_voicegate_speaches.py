@@ -159,9 +159,11 @@ def test_other_models_of_it_under_the_names_it_knows(
     assert say(server, "small") == TEXT
     until(lambda: speaches.log == ["load org/small", "unload org/small"], server)
     assert ollama.log[-1] == "unload llm"
+    ollama.load("llm", 11_000)
     with pytest.raises(openai.NotFoundError) as caught:
         say(server, "org/none")
     assert caught.value.code == "model_not_found"
+    assert "llm" in ollama.models  # nobody goes for a model that there is not
 
 
 def test_what_did_not_load_is_tried_with_more_room(

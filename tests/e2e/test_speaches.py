@@ -220,7 +220,7 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
 
 
 def takes_turns(server: Server) -> None:
-    """A gateway like the unit's, but as on a card: it has the model loaded for a request, and let go after it."""
+    """A gateway like the unit's, but as on a card: the model is loaded for a request, and goes after it."""
     unit = inside("systemctl", "cat", "voicegate").splitlines()
     (start,) = [line.removeprefix("ExecStart=") for line in unit if line.startswith("ExecStart=")]
     options = ["--port=8002", "--data-dir=", "--vram-policy=exclusive", "--vram-need-mib=100"]

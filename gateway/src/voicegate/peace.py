@@ -258,7 +258,8 @@ class Peace:
         names = {model.name for model in models}
         self._seen = {key for key in self._seen if key[0] in names}
         await self._return(tenant)
-        if self.settings.ollama_reload and not await tenant.on_card():
+        # Not while it makes room for itself.
+        if self.settings.ollama_reload and tenant.idle() and not await tenant.on_card():
             await self._reload(names)
 
     async def _mend(self, model: Loaded, tenant: Tenant) -> None:
@@ -270,6 +271,9 @@ class Peace:
             return  # pinned, or it would not help
         if there:
             await tenant.unload()
+            if await tenant.on_card():  # somebody came in between: at the next look
+                self._seen.discard((model.name, model.vram_mib))
+                return
         ollama = self._asked()
         await ollama.unload(model.name)
         deadline = self.clock() + SETTLE

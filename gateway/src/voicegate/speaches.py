@@ -215,7 +215,11 @@ class SpeachesTenant:
 
     async def _have(self, asked: str) -> None:
         try:
-            name = asked if asked == self._model else await self._speaches.resolve(asked)
+            name = asked
+            if asked != self._model:
+                name = await self._speaches.resolve(asked)
+                if name not in await self._speaches.hearing():
+                    return  # nobody goes for what it does not have, or cannot hear with
             loaded = name in await self._speaches.loaded()
             if loaded and asked in self._suspect and not self._inside:
                 await self._speaches.unload(name)
