@@ -8,11 +8,14 @@ read-only; left out, one of pyenv's is taken.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +111,17 @@ class Server:
         with urllib.request.urlopen(f"{self.url}/api/ps", timeout=10) as answer:
             return [name for name in json.load(answer)["models"] if name.startswith("local/")]
 
-    def hear(self, model: str, port: int = 8000) -> str:
-        body, kind = _stt_speaches.form({"model": model}, CLIP.name, CLIP.read_bytes())
+    def hear(
+        self, model: str, port: int = 8000, audio: bytes = CLIP.read_bytes(), timeout: float = 60
+    ) -> str:
+        body, kind = _stt_speaches.form({"model": model}, CLIP.name, audio)
         request = urllib.request.Request(
             f"{self.url.removesuffix('8000')}{port}/v1/audio/transcriptions",
             data=body,
             headers={"Content-Type": kind},
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as response:
+        with opener.open(request, timeout=timeout) as response:
             answer: dict[str, Any] = json.load(response)
         return str(answer["text"])
 
@@ -219,6 +224,17 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
     assert server.hear("whisper-1") == SENTENCE
 
 
+def many_times(count: int) -> bytes:
+    """The clip again and again, as one recording."""
+    with wave.open(str(CLIP), "rb") as source:
+        parameters, frames = source.getparams(), source.readframes(source.getnframes())
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setparams(parameters)
+        file.writeframes(frames * count)
+    return target.getvalue()
+
+
 def takes_turns(server: Server) -> None:
     """A gateway like the unit's, but as on a card: the model is loaded for a request, and goes after it."""
     unit = inside("systemctl", "cat", "voicegate").splitlines()
@@ -231,11 +247,18 @@ def takes_turns(server: Server) -> None:
         for _ in range(2):
             assert server.hear("whisper-1", 8002) == SENTENCE
             wait_for(30, lambda: not server.on_card())
+        # Speaches works on what its client has left: the model goes when it has ended, and not before.
+        with pytest.raises(TimeoutError):
+            server.hear("whisper-1", 8002, many_times(400), timeout=2)
+        time.sleep(1)
+        assert server.on_card()
+        wait_for(120, lambda: not server.on_card())
         log = inside("journalctl", "--no-pager", "--unit=turns")
-        assert log.count(" model_loaded ") == 2, log
-        assert log.count(" model_unloaded ") == 3, log
-        assert log.count(" vram step=proceed policy=exclusive ") == 2, log
+        assert log.count(" model_loaded ") == 3, log
+        assert log.count(" model_unloaded ") == 4, log
+        assert log.count(" vram step=proceed policy=exclusive ") == 3, log
         assert "speaches_failed" not in log
+        assert "model_in_use" not in log
     finally:
         inside("systemctl", "stop", "turns")
     assert server.hear("whisper-1") == SENTENCE  # Speaches loads it by itself
