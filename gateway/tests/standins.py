@@ -242,8 +242,8 @@ class SpeachesStandIn:
                 return 404, {"message": f"Model {name} is not loaded."}
             if not model.loaded or model.used:
                 return 409, {"message": f"Model {name} is still in use. self.ref_count={model.used}"}
-            self._let_go(model)
             self.log.append(f"unload {name}")
+            self._let_go(model)
             return 200, {"message": f"Model {name} unloaded."}
 
     def hear(self, path: str, body: bytes, content_type: str) -> tuple[int, Any]:

@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from standins import OllamaStandIn, SpeachesStandIn
 from voicegate.idle import Idle
+from voicegate.peace import Peace
+from voicegate.settings import Settings
+from voicegate.speaches import SpeachesTenant
 from voicegate_support import CLIPS, Server
 
 Serve = Callable[..., Server]
@@ -151,6 +155,21 @@ def test_a_client_that_leaves_does_not_leave_a_second_copy(shared: Shared, speac
     assert speaches.most == NEED
 
 
+def test_who_waits_for_a_turn_keeps_the_model_there(shared: Shared, speaches: SpeachesStandIn) -> None:
+    speaches.gate = threading.Semaphore(0)
+    server = shared("exclusive")
+    texts: list[str] = []
+    asking = [threading.Thread(target=lambda: texts.append(say(server))) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    server.wait_health(lambda body: body["queue"]["waiting"] == 2)
+    for done in range(1, 4):
+        speaches.gate.release()
+        until(lambda done=done: len(texts) == done, server)  # type: ignore[misc]
+    until(lambda: speaches.vram == KEPT, server)
+    assert speaches.log == [f"load {MODEL}", f"unload {MODEL}"]
+
+
 def test_other_models_of_it_under_the_names_it_knows(
     shared: Shared, ollama: OllamaStandIn, speaches: SpeachesStandIn
 ) -> None:
@@ -278,6 +297,28 @@ def test_mixed_requests_lose_nothing(
     assert speaches.most == NEED  # never twice
     assert not any(line.startswith("no room") for line in speaches.log)
     assert "Traceback" not in server.log
+
+
+def test_what_is_at_work_is_not_let_go(ollama: OllamaStandIn, speaches: SpeachesStandIn) -> None:
+    async def run() -> None:
+        settings = Settings(vram_need_mib=NEED, vram_policy="yield", upstream=speaches.url)
+        peace = Peace(settings, None, lambda _index: None)
+        async with httpx2.AsyncClient(base_url=speaches.url) as client:
+            tenant = SpeachesTenant(settings, peace, client, MODEL)
+            assert not await tenant.on_card()
+            async with tenant.using(MODEL):
+                await tenant.unload()
+                assert await tenant.on_card()
+            assert speaches.log == [f"load {MODEL}"]
+            with tenant.at_work():  # waits for its turn
+                await tenant.unload()
+            assert not tenant.away
+            await tenant.unload()
+            assert tenant.away
+            assert speaches.log == [f"load {MODEL}", f"unload {MODEL}"]
+            await tenant.stop()
+
+    asyncio.run(run())
 
 
 def test_idle_is_counted_from_the_end_of_the_last() -> None:
