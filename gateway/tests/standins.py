@@ -131,6 +131,7 @@ class Loading:
     def __init__(self) -> None:
         self.loaded = False
         self.used = 0  # ref_count
+        self.lock = threading.RLock()
 
 
 class SpeachesStandIn:
@@ -154,6 +155,7 @@ class SpeachesStandIn:
         self.context = False
         self.unseen = 0  # MiB on the card that nobody told of
         self.fail_once = False
+        self.load_seconds = 0.0
         self.gate: threading.Semaphore | None = None  # one release for each answer
         self.most = 0  # MiB on the card at once
         self.connections: list[socket.socket] = []
@@ -239,8 +241,9 @@ class SpeachesStandIn:
     def unload(self, name: str) -> tuple[int, Any]:
         with self._lock:
             model = self.listed.pop(name, None)
-            if model is None:
-                return 404, {"message": f"Model {name} is not loaded."}
+        if model is None:
+            return 404, {"message": f"Model {name} is not loaded."}
+        with model.lock:  # not while it loads
             if not model.loaded or model.used:
                 return 409, {"message": f"Model {name} is still in use. self.ref_count={model.used}"}
             self.log.append(f"unload {name}")
@@ -277,7 +280,9 @@ class SpeachesStandIn:
         """None: there is no room for it."""
         with self._lock:
             model = self.listed.setdefault(name, Loading())
+        with model.lock:
             if not model.loaded:
+                time.sleep(self.load_seconds)
                 needed = self.NEED - (self.KEPT if self.context else 0)
                 if self.ollama.TOTAL - self.ollama.used < needed:
                     self.log.append(f"no room for {name}")
@@ -291,7 +296,7 @@ class SpeachesStandIn:
             return model
 
     def _exit(self, model: Loading) -> None:
-        with self._lock:
+        with model.lock:
             model.used -= 1
             if not model.used and model not in self.listed.values():
                 self._let_go(model)

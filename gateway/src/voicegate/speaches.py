@@ -125,6 +125,7 @@ class SpeachesTenant:
         # Nothing is let go between the look whether it is loaded and the request that needs it.
         self._lock = asyncio.Lock()
         self._context = False  # its process has one on the card
+        self._loading: set[asyncio.Task[None]] = set()
         self._inside = 0  # requests that it works on
         self._suspect: set[str] = set()  # models that a request failed with
         self._told = ""
@@ -149,6 +150,8 @@ class SpeachesTenant:
 
     async def stop(self) -> None:
         self._idle.stop()
+        for task in self._loading:
+            task.cancel()
         await self._peace.stop()
 
     # -- for peace
@@ -161,7 +164,7 @@ class SpeachesTenant:
             found = bool(await self._there())
         except (SpeachesError, Unreachable) as error:
             self._tell(error)
-            found = False
+            return False
         self.away = not found
         self._context = self._context or found
         return found
@@ -200,9 +203,12 @@ class SpeachesTenant:
         ApiError: 503 `vram_busy`, `model_load_failed`. Unreachable.
         """
         with self.at_work():
-            async with self._lock:
-                await self._have(model)
-                self._inside += 1
+            # A task of its own: whoever asked for the model may leave, and it is for all.
+            loading = asyncio.create_task(self._have(model))
+            self._loading.add(loading)
+            loading.add_done_callback(self._loading.discard)
+            await asyncio.shield(loading)
+            self._inside += 1
             try:
                 yield
             except ApiError as error:
@@ -213,28 +219,33 @@ class SpeachesTenant:
             finally:
                 self._inside -= 1
 
-    async def _have(self, asked: str) -> None:
-        try:
-            name = asked
-            if asked != self._model:
-                name = await self._speaches.resolve(asked)
-                if name not in await self._speaches.hearing():
-                    return  # nobody goes for what it does not have, or cannot hear with
-            loaded = name in await self._speaches.loaded()
-            if loaded and asked in self._suspect and not self._inside:
-                await self._speaches.unload(name)
-                loaded = False
-            self._suspect.discard(asked)
-            if not loaded:
-                await self._load(name)
-            self.away, self._context = False, True
-        except SpeachesError as error:
-            self._tell(error)  # no reason to keep the request from it: its own answer will say more
+    async def _have(self, model: str) -> None:
+        with self.at_work():
+            async with self._lock:
+                try:
+                    await self._have_locked(model)
+                except SpeachesError as error:
+                    self._tell(error)  # no reason to keep the request from it: its own answer will say more
+
+    async def _have_locked(self, asked: str) -> None:
+        name = asked
+        if asked != self._model:
+            name = await self._speaches.resolve(asked)
+            if name not in await self._speaches.hearing():
+                return  # nobody goes for what it does not have, or cannot hear with
+        loaded = name in await self._speaches.loaded()
+        if loaded and asked in self._suspect and not self._inside:
+            await self._speaches.unload(name)
+            loaded = False
+        self._suspect.discard(asked)
+        if not loaded:
+            await self._load(name)
+        self.away, self._context = False, True
 
     async def _load(self, name: str) -> None:
         kept = self._settings.vram_kept_mib if self._context else 0
-        # It may have been restarted unseen; then all of it is needed.
-        for there in dict.fromkeys((kept, 0)):
+        # Somebody may have come onto the card after the look, or it was restarted unseen and needs all of it.
+        for there in (kept, 0):
             await self._peace.before_load(there)
             started = time.monotonic()
             try:
