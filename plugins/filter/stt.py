@@ -21,7 +21,8 @@ _GATEWAY_SETTING = re.compile(r"^    (\w+): (?:str|int|bool) = _setting\(", re.M
 GATEWAY_ROLES_OWN = frozenset(
     ("host", "port", "model", "revision", "device", "compute_type", "language", "ttl", "api_key_file",
      "upstream", "upstream_model", "upstream_api_key_file", "wyoming_port", "data_dir", "webhook_secret_file",
-     "vram_policy", "vram_need_mib", "vram_fallback", "ollama_url", "ollama_pinned", "ollama_reload")
+     "vram_policy", "vram_need_mib", "vram_kept_mib", "vram_fallback", "ollama_url", "ollama_pinned",
+     "ollama_reload")
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils._vram_plan import TURNS
 
 ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
 STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
@@ -165,10 +166,16 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
         environment["VOICEGATE_WYOMING_PORT"] = str(settings["wyoming_port"])
     if plan["engine"] == "builtin":
         own = {name: plan[name] for name in ("release", "stamp", "install", "cuda", "exec_start", "url")}
-        return {**own, "unit": plan["unit"], "environment": {**plan["environment"], **environment}}
+        return {
+            **own,
+            "gpu": plan["device"] == "cuda",
+            "unit": plan["unit"],
+            "environment": {**plan["environment"], **environment},
+        }
     release = _builtin_release(request, facts)
     stamp = _stt.stamp("builtin", release["digest"], "", release["python"])
     host, port = str(request["host"]), str(request["port"])
+    turns = _turns(request, plan["engine"], plan["device"])
     environment = {
         "HF_HUB_OFFLINE": "1",
         "SOTTOVOCE_BUILD": stamp,
@@ -179,6 +186,7 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
         "VOICEGATE_UPSTREAM": plan["url"],
         "VOICEGATE_UPSTREAM_MODEL": plan["model"]["id"],
         **({"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}),
+        **({"VOICEGATE_TTL": str(request["ttl"]), **turns} if turns else {}),
         **environment,
     }
     return {
@@ -186,10 +194,27 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
         "stamp": stamp,
         "install": facts.stamp_at(release["path"]) != stamp,
         "cuda": False,
+        "gpu": bool(turns),  # to read how much of the card is free
         "unit": _stt.UNITS["builtin"],
         "environment": environment,
         "exec_start": BUILTIN_START.format(release["path"]),
         "url": f"http://{_local(host)}:{port}",
+    }
+
+
+def _turns(request: Mapping[str, Any], engine: str, device: str) -> dict[str, str]:
+    """Return what voicegate is told of who may be on the card; empty where it does not decide that."""
+    turns = request.get("turns") or {}
+    if device != "cuda":
+        return {}
+    if engine == "builtin":
+        leave = "vram_kept_mib"  # its process ends
+    elif request.get("gateway") and turns.get("vram_policy") in TURNS:
+        leave = "vram_fallback"  # Speaches computes as it was started
+    else:
+        return {}
+    return {
+        f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value and name != leave
     }
 
 
@@ -334,6 +359,8 @@ def service(
         environment["LD_LIBRARY_PATH"] = ":".join(f"{site}/{part}/lib" for part in CUDA_PARTS)
     host, port = str(request["host"]), str(request["port"])
     ttl = str(request["ttl"])
+    # Where the gateway sees to it who is on the card, Speaches neither loads nor lets go by itself.
+    led = engine == "speaches" and bool(_turns(request, engine, device))
     if engine == "builtin":
         environment |= {
             "PYTHONPATH": f"{release['path']}/src",
@@ -347,9 +374,7 @@ def service(
             "HF_HUB_OFFLINE": "1",
         }
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
-        if device == "cuda":
-            turns = request.get("turns") or {}
-            environment |= {f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value}
+        environment |= _turns(request, engine, device)
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
         exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""
@@ -358,7 +383,7 @@ def service(
             "PYTHONPATH": f"{release['path']}/src",
             "UVICORN_HOST": host,
             "UVICORN_PORT": port,
-            "STT_MODEL_TTL": ttl,
+            "STT_MODEL_TTL": "-1" if led else ttl,
             "VAD_MODEL_TTL": "-1",
             "WHISPER__INFERENCE_DEVICE": device,
             "WHISPER__COMPUTE_TYPE": quantization,
@@ -381,10 +406,15 @@ def service(
         "environment": environment | ({"SOTTOVOCE_ALIASES": _stt.stamp(aliases)} if aliases else {}),
         "exec_start": exec_start,
         "working_directory": working_directory,
-        # Ends when the model is loaded. voicegate loads it by itself.
+        # Ends when the model is loaded, where it is to stay. voicegate loads it by itself.
         "ready": " ".join(
-            [READY, *(["--load", model["id"]] if engine == "speaches" else []), f"http://{local}:{port}"]
+            [
+                READY,
+                *(["--load", model["id"]] if engine == "speaches" and not led else []),
+                f"http://{local}:{port}",
+            ]
         ),
+        "model_state": "present" if led else "loaded",
         "url": f"http://{local}:{port}",
         # What the status table shows. Speaches wants the key for it, which no unit file may hold.
         "details_url": f"http://{local}:{port}/health"

@@ -129,7 +129,9 @@ def fit(mix: Mix) -> Fit:
     parts = [*([speech] if speech else []), *llms]
     error = math.ceil(math.sqrt(sum(part.error**2 for part in parts)))
     together = DRIVER_MIB + sum(part.peak for part in parts) + max(FREE_MIB if llms else 0, error)
-    left_by_speech = speech.unloaded if speech and mix.policy != "exclusive" else 0
+    # Speaches keeps its process; that of the builtin engine ends.
+    stays = mix.policy != "exclusive" or mix.engine != "builtin"
+    left_by_speech = speech.unloaded if speech and stays else 0
     alone = [DRIVER_MIB + speech.peak + speech.error] if speech else []
     alone += [DRIVER_MIB + part.peak + max(FREE_MIB, part.error) + left_by_speech for part in llms[:1]]
     one = max(alone, default=DRIVER_MIB)

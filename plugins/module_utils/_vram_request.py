@@ -199,9 +199,10 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         result["lines"] = [f"VRAM is not planned: nobody says how large the card is. Write {GIVE_SIZE}."]
         return result
     mix = asked.mix
-    builtin = mix.engine == "builtin"
-    if policy in vram.TURNS and "stt_server" in (variables.get("instance_roles") or []):
-        _check_turns(mix, asked)
+    roles = variables.get("instance_roles") or []
+    seen = mix.engine == "builtin" or "voice_gateway" in roles
+    if policy in vram.TURNS and "stt_server" in roles:
+        _check_turns(mix, asked, seen)
     found = vram.choose(asked.mix)
     refused = not found.ok and not asked.unknown
     result.update(
@@ -221,22 +222,26 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
             "vram_policy": found.mix.policy,
             "speech_need_mib": found.speech.peak if found.speech else 0,
             "speech_int8_mib": _int8_mib(found),
+            "speech_kept_mib": found.speech.unloaded if found.speech and mix.engine != "builtin" else 0,
         },
     )
     if refused:
-        near = vram.nearest(found.mix, turns=builtin)
+        near = vram.nearest(found.mix, turns=seen)
         result["nearest"] = [{"change": in_words(told), "need_mib": tried.need_mib} for tried, told in near]
     result["lines"] = report(result)
     return result
 
 
-def _check_turns(mix: vram.Mix, asked: Asked) -> None:
-    """Raises PlanError where nobody can carry out that speech and language take turns."""
-    if mix.model and mix.engine != "builtin":
+def _check_turns(mix: vram.Mix, asked: Asked, seen: bool) -> None:
+    """Raises PlanError where nobody can carry out that speech and language take turns.
+
+    `seen`: voicegate is the engine or stands in front of it, so that it sees every request beforehand.
+    """
+    if mix.model and not seen:
         raise vram.PlanError(
-            f"vram_policy: {mix.policy!r} is carried out by the engine builtin alone: Speaches keeps part of"
-            " the card after unloading, and cannot be asked to wait. Write stt_server_engine: builtin, or"
-            " vram_policy: resident and a mix that fits together."
+            f"vram_policy: {mix.policy!r} is carried out by voicegate: Speaches by itself does not look at"
+            " the card before it loads its model. Add voice_gateway to the machine's roles, after stt_server;"
+            " or write stt_server_engine: builtin, or vram_policy: resident and a mix that fits together."
         )
     if not mix.model and asked.unknown:
         raise vram.PlanError(

@@ -332,13 +332,14 @@ def test_auto_on_a_cpu() -> None:
 
 
 def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
-    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "ollama_pinned": ""}
+    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "vram_kept_mib": 477, "ollama_pinned": ""}
     asked = request(engine="builtin", turns=turns, cards=[{"capability": "8.6"}])
     card = Machine(nodes=GPU)
     environment = _stt_plan.make_plan(asked, card.facts)["environment"]
     assert environment["VOICEGATE_VRAM_POLICY"] == "yield"
     assert environment["VOICEGATE_VRAM_NEED_MIB"] == "2500"
     assert "VOICEGATE_OLLAMA_PINNED" not in environment
+    assert "VOICEGATE_VRAM_KEPT_MIB" not in environment
     environment = _stt_plan.make_plan(asked, Machine().facts)["environment"]
     assert not any("VRAM" in name for name in environment)
 
@@ -371,6 +372,52 @@ def test_the_gateway_takes_the_address_and_speaches_the_loopback() -> None:
     assert plan["stop"] == []
     installed = Machine(stamps={front["release"]["path"]: front["stamp"]})
     assert not _stt_plan.make_plan(asked, installed.facts)["gateway"]["install"]
+
+
+TURNS = {
+    "vram_policy": "yield", "vram_need_mib": 3739, "vram_kept_mib": 477, "vram_fallback": "cpu",
+    "ollama_url": "http://127.0.0.1:11434",
+}  # fmt: skip
+
+
+def test_the_gateway_decides_when_speaches_is_on_the_card() -> None:
+    card = Machine(nodes=GPU).facts
+    asked = request(gateway=gateway(), turns=TURNS, ttl=300, cards=[{"capability": "8.6"}])
+    plan = _stt_plan.make_plan(asked, card)
+    assert "--load" not in plan["ready"]
+    assert plan["model_state"] == "present"
+    assert plan["environment"]["STT_MODEL_TTL"] == "-1"
+    front = plan["gateway"]
+    assert front["gpu"]
+    expected = {
+        "VOICEGATE_TTL": "300",
+        "VOICEGATE_VRAM_POLICY": "yield",
+        "VOICEGATE_VRAM_NEED_MIB": "3739",
+        "VOICEGATE_VRAM_KEPT_MIB": "477",
+        "VOICEGATE_OLLAMA_URL": "http://127.0.0.1:11434",
+    }
+    assert expected.items() <= front["environment"].items()
+    assert "VOICEGATE_VRAM_FALLBACK" not in front["environment"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"turns": {**TURNS, "vram_policy": "resident"}},
+        {"turns": TURNS, "gateway": {}},
+        {"turns": TURNS, "device": "cpu"},
+        {},
+    ],
+)
+def test_speaches_loads_by_itself_where_nobody_takes_turns(changes: dict[str, Any]) -> None:
+    asked = request(**{"gateway": gateway(), "ttl": 300, "cards": [{"capability": "8.6"}], **changes})
+    plan = _stt_plan.make_plan(asked, Machine(nodes=GPU).facts)
+    assert " --load " in plan["ready"]
+    assert plan["model_state"] == "loaded"
+    assert plan["environment"]["STT_MODEL_TTL"] == "300"
+    if "gateway" in plan:
+        assert not plan["gateway"]["gpu"]
+        assert not any("VRAM" in name or "TTL" in name for name in plan["gateway"]["environment"])
 
 
 def test_the_builtin_engine_is_in_the_gateway() -> None:

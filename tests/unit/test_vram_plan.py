@@ -328,6 +328,7 @@ def test_turns_are_carried_out_by_the_builtin_engine() -> None:
     assert turns == {
         "vram_policy": "yield",
         "vram_need_mib": need,
+        "vram_kept_mib": 0,
         "vram_fallback": f"int8={int8},cpu",
         "ollama_url": "http://127.0.0.1:11500",
         "ollama_pinned": "nomic-embed-text",
@@ -337,6 +338,36 @@ def test_turns_are_carried_out_by_the_builtin_engine() -> None:
     assert filters.vram_plan_turns(filters.vram_plans(["a"], {"a": GPU}), roles, "x", wanted) == {}
 
 
+def test_turns_with_speaches_are_carried_out_by_the_gateway_in_front_of_it() -> None:
+    roles = ["base_system", "ollama_server", "stt_server", "voice_gateway"]
+    tight = {
+        **GPU,
+        "instance_roles": roles,
+        "gpu_vram_mib": 8192,
+        "ollama_default_model": "llama3.1:8b",
+        "ollama_context_length": 4096,
+    }
+    refused = request_.plan(tight)
+    assert refused["status"] == "refused"
+    assert "vram_policy: yield" in " ".join(refused["lines"])
+    alone = request_.plan({**tight, "instance_roles": roles[:-1]})
+    assert "vram_policy" not in " ".join(alone["lines"])
+    for policy in vram.TURNS:
+        plan = request_.plan({**tight, "vram_policy": policy})
+        assert (plan["status"], plan["verdict"]) == ("fits", vram.ONE_AT_A_TIME)
+        wanted = {"fallback": [], "pinned": [], "reload": False}
+        turns = filters.vram_plan_turns({"a": plan}, roles, "127.0.0.1:11434", wanted)
+        assert (turns["vram_policy"], turns["vram_need_mib"]) == (policy, plan["settings"]["speech_need_mib"])
+        assert turns["vram_kept_mib"] == footprint.stt("large-v3-turbo", "float16").unloaded
+
+
+def test_what_speaches_keeps_counts_beside_a_language_model_alone_on_the_card() -> None:
+    mix = vram.Mix(24576, model="large-v3-turbo", llms=(vram.known_llm("qwen2.5:32b"),), policy="exclusive")
+    kept = footprint.stt(mix.model, mix.compute_type).unloaded
+    builtin = vram.fit(dataclasses.replace(mix, engine="builtin"))
+    assert vram.fit(mix).one_mib - builtin.one_mib == kept > 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
@@ -344,7 +375,7 @@ def test_turns_are_carried_out_by_the_builtin_engine() -> None:
         ({"gpu_card": "RTX 0"}, "RTX 0"),
         (
             {"gpu_vram_mib": 8192, "vram_policy": "yield"},
-            "vram_policy: 'yield' is carried out by the engine builtin",
+            "Add voice_gateway to the machine's roles",
         ),
         ({"vram_policy": "exclusive"}, "vram_policy: 'exclusive' needs to know how large the card is"),
         ({"gpu_vram_mib": 8192, "vram_policy": "turns"}, "vram_policy 'turns' is not one of"),

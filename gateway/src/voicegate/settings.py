@@ -84,6 +84,9 @@ class Settings:
     vram_need_mib: int = _setting(
         0, "VRAM the loaded model needs at its peak, in MiB (0: the card is not looked at)", low=0
     )
+    vram_kept_mib: int = _setting(
+        0, "how much of that an upstream keeps when its model has gone, in MiB", low=0
+    )
     vram_reserve_mib: int = _setting(0, "VRAM to leave free beside it, in MiB", low=0)
     vram_wait: int = _setting(30, "seconds to wait for VRAM before a fallback is taken", low=0)
     vram_fallback: str = _setting(
@@ -100,6 +103,7 @@ class Settings:
     )
     upstream_model: str = _setting("", "what that server calls the model [--model]")
     upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
+    upstream_parallel: int = _setting(1, "requests sent to that server at once; live speech one more", low=1)
     upstream_api_key_file: str = _setting("", "file with the key that server wants")
     data_dir: str = _setting(
         "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
@@ -249,6 +253,8 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
         fallbacks(settings.vram_fallback)
     except ValueError as error:
         problems.append(f"--vram-fallback: {error}")
+    if settings.vram_fallback and settings.upstream:
+        problems.append("--vram-fallback: what --upstream loads is set there; leave this out")
     if settings.vram_policy == "exclusive" and settings.ttl < 0:
         changes["ttl"] = 0  # who is alone on the card goes when idle
     try:
