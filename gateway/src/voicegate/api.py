@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
 from voicegate import __version__, errors, formats, jobs_api, keys, openapi, page_api, status_api
+from voicegate.diarizer import Diarizer, with_turns
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -48,6 +49,7 @@ def create_app(
     metrics: Metrics | None = None,
     gpu: GpuReader | None = None,
     turns: TurnsReader | None = None,
+    diarizer: Diarizer | None = None,
 ) -> ASGIApp:
     """`gpu` reads the card's memory and `turns` who made room on it, for /status and /metrics.
 
@@ -83,12 +85,17 @@ def create_app(
         handed_over = False
         try:
             asked = read(form, task, model, settings)
-            items = engine.transcribe(asked.upload, asked.options, client=client_of(request))
+            if asked.diarized and diarizer is not None:
+                diarizer.check_room()
+            client = client_of(request)
+            items = engine.transcribe(asked.upload, asked.options, client=client)
             if asked.stream:
                 response = await _stream(request, items, form, asked.options.words, settings.log_text)
                 handed_over = True
                 return response
-            return await unless_disconnected(request, _whole(items, asked, settings.log_text))
+            return await unless_disconnected(
+                request, _whole(items, asked, settings.log_text, diarizer, client)
+            )
         finally:
             if not handed_over:
                 form.close()
@@ -137,7 +144,13 @@ def create_app(
     )
 
 
-async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked, log_text: bool) -> Response:
+async def _whole(
+    items: AsyncGenerator[Info | Segment, None],
+    asked: Asked,
+    log_text: bool,
+    diarizer: Diarizer | None,
+    client: str,
+) -> Response:
     info: Info | None = None
     segments: list[Segment] = []
     async with contextlib.aclosing(items):
@@ -149,6 +162,8 @@ async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked, log_
     if info is None:
         raise errors.internal()
     note(info, segments, log_text)
+    if asked.diarized:
+        info = await with_turns(diarizer, info, segments, asked.upload, client=client)
     return answer(asked, info, segments)
 
 

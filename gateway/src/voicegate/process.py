@@ -49,11 +49,11 @@ class Process:
         self._writer: asyncio.StreamWriter
 
     @classmethod
-    async def spawn(cls) -> Process:
+    async def spawn(cls, module: str = "voicegate.engine_process") -> Process:
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "voicegate.engine_process", str(theirs.fileno()),
+                sys.executable, "-m", module, str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
             )  # fmt: skip
         self = cls(process, ours)
@@ -84,10 +84,10 @@ class Process:
     def send(self, message: bytes) -> None:
         self._writer.write(message)
 
-    def ask(self, source: Source, options: Options) -> int:
+    def ask(self, source: Source, options: Options | None, kind: str = "transcribe") -> int:
         """Hand a transcription over; the number is for `step`, `receive` and `close`."""
         number = next(self._numbers)
-        message = wire.pack("transcribe", options, number=number, request_id=request_id.get())
+        message = wire.pack(kind, options, number=number, request_id=request_id.get())
         if not self.alive:
             raise Ended
         try:

@@ -38,15 +38,9 @@ class UpstreamEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._url = settings.upstream.rstrip("/").removesuffix("/v1")
+        self._url = address(settings)
         self._model = settings.upstream_model or models.resolve(settings.model).id
-        key = settings.upstream_api_key
-        self._client = httpx2.AsyncClient(
-            base_url=self._url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
-            trust_env=False,  # a proxy is for the world, and this is a neighbour
-        )
+        self._client = client(settings)
         self._worker = Worker(settings.queue_limit)
         self._state: LoadState = "loading"
         self._error: str | None = None
@@ -95,18 +89,10 @@ class UpstreamEngine:
                 yield item
 
     async def _transcribe(self, job: Job[Info | Segment], source: Source, options: Options) -> None:
-        asking = asyncio.create_task(self._ask(source.descriptor(), options))
-        leaving = asyncio.create_task(job.cancelled.wait())
-        try:
-            await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not asking.done():
-                return  # closing the connection is what tells an upstream
-            for item in read_answer(asking.result(), options):
-                job.emit(item)
-        finally:
-            for task in (asking, leaving):
-                task.cancel()
-            await asyncio.gather(asking, leaving, return_exceptions=True)
+        # Closing the connection is what tells an upstream that nobody wants it any more.
+        answer = await job.unless_cancelled(self._ask(source.descriptor(), options))
+        for item in read_answer(answer, options) if answer is not None else ():
+            job.emit(item)
 
     async def _ask(self, descriptor: int, options: Options) -> dict[str, Any]:
         route = "translations" if options.task == "translate" else "transcriptions"
@@ -178,6 +164,20 @@ class UpstreamEngine:
         self._state, self._error = state, problem
         if problem is None:
             self._there.set()
+
+
+def address(settings: Settings) -> str:
+    return settings.upstream.rstrip("/").removesuffix("/v1")
+
+
+def client(settings: Settings) -> httpx2.AsyncClient:
+    key = settings.upstream_api_key
+    return httpx2.AsyncClient(
+        base_url=address(settings),
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
+        trust_env=False,  # a proxy is for the world, and this is a neighbour
+    )
 
 
 def fields(model: str, options: Options) -> list[tuple[str, str]]:
@@ -284,7 +284,7 @@ def _segment(item: dict[str, Any]) -> Segment:
 
 def refused(status: int, body: bytes, model: str, retry_after: str | None) -> ApiError:
     """What an upstream's failure means for whoever asked here."""
-    message = _message(body)
+    message = message_of(body)
     if "out of memory" in message.casefold():
         return errors.out_of_memory()
     match status:
@@ -308,7 +308,7 @@ def refused(status: int, body: bytes, model: str, retry_after: str | None) -> Ap
     return errors.unavailable(f"The speech engine failed with status {status}.", "engine_failed")
 
 
-def _message(body: bytes) -> str:
+def message_of(body: bytes) -> str:
     """The sentence in an error's body, whatever its shape; at most 300 characters."""
     try:
         value: Any = json.loads(body)
