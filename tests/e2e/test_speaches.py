@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_speaches
 
 pytestmark = [pytest.mark.incus, pytest.mark.speaches]
 
@@ -91,6 +91,11 @@ class Server:
             ),
             encoding="utf-8",
         )
+
+    def set(self, line: str) -> None:
+        """One more variable of the machine, until the next `configure`."""
+        with (self.inventory / "host_vars" / f"{MACHINE}.yml").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def apply(self, *arguments: str) -> Any:
         return self.collection.play("apply", self.inventory, *arguments, timeout=1200)
@@ -207,7 +212,42 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
     ) as answer:  # Speaches' own API, through it
         assert json.load(answer)["models"][0].startswith("local/whisper-demo-")
     assert server.apply().changed == 0
+    tell_speakers_apart(server)
     infra.write_text(before, encoding="utf-8")
     server.apply("--tags", "infra,stt")
     assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
     assert server.hear("whisper-1") == SENTENCE
+
+
+CARD = "---\nlibrary_name: onnx\npipeline_tag: speaker-segmentation\ntags: [pyannote]\n---\n"
+
+
+def tell_speakers_apart(server: Server) -> None:
+    """Its models cannot be had here: skipped by name, and with files that are none the endpoint is reached."""
+    server.set("voice_gateway_diarization: true")
+    run = server.apply("--tags", "stt")
+    assert (
+        "skipped: telling speakers apart: fedirz/segmentation_community_1 is not on this machine"
+        in run.output
+    )
+    assert ask_for_speakers(server) == (400, "diarization_unavailable")
+    for model, file in _stt_plan.DIARIZATION_MODELS.items():
+        folder = f"{_stt_plan.hub_cache('speaches')}/{_stt.hub_folder(model)}"
+        snapshot = f"{folder}/snapshots/0000"
+        inside("sh", "-c", f"mkdir -p {folder}/refs {snapshot} && printf 0000 > {folder}/refs/main")
+        inside("sh", "-c", f"printf '{CARD}' > {snapshot}/README.md && echo none > {snapshot}/{file}")
+    run = server.apply("--tags", "stt")
+    assert "telling speakers apart" not in run.output
+    assert 'VOICEGATE_DIARIZATION="upstream"' in inside("cat", "/etc/sottovoce/voicegate.env")
+    # Speaches finds the models and cannot load them.
+    assert ask_for_speakers(server) == (503, "diarization_failed")
+    assert server.apply().changed == 0
+
+
+def ask_for_speakers(server: Server) -> tuple[int, str]:
+    form = {"model": "whisper-1", "response_format": "diarized_json"}
+    body, kind = _stt_speaches.form(form, CLIP.name, CLIP.read_bytes())
+    answer = _stt_speaches.http(
+        "POST", f"{server.url}/v1/audio/transcriptions", body, {"Content-Type": kind}, 60
+    )
+    return answer.status, str(answer.json()["error"]["code"])
