@@ -223,19 +223,17 @@ CARD = "---\nlibrary_name: onnx\npipeline_tag: speaker-segmentation\ntags: [pyan
 
 
 def tell_speakers_apart(server: Server) -> None:
-    """Its models cannot be had here: skipped by name, and with files that are none the endpoint is reached."""
+    """Its models are not to be had here: skipped by name; with empty ones the endpoint is reached."""
     server.set("voice_gateway_diarization: true")
     run = server.apply("--tags", "stt")
-    assert (
-        "skipped: telling speakers apart: fedirz/segmentation_community_1 is not on this machine"
-        in run.output
-    )
+    told = "skipped: telling speakers apart: fedirz/segmentation_community_1 is not on this machine"
+    assert told in run.output
     assert ask_for_speakers(server) == (400, "diarization_unavailable")
     for model, file in _stt_plan.DIARIZATION_MODELS.items():
         folder = f"{_stt_plan.hub_cache('speaches')}/{_stt.hub_folder(model)}"
         snapshot = f"{folder}/snapshots/0000"
         inside("sh", "-c", f"mkdir -p {folder}/refs {snapshot} && printf 0000 > {folder}/refs/main")
-        inside("sh", "-c", f"printf '{CARD}' > {snapshot}/README.md && echo none > {snapshot}/{file}")
+        inside("sh", "-c", f"printf %s '{CARD}' > {snapshot}/README.md && echo none > {snapshot}/{file}")
     run = server.apply("--tags", "stt")
     assert "telling speakers apart" not in run.output
     assert 'VOICEGATE_DIARIZATION="upstream"' in inside("cat", "/etc/sottovoce/voicegate.env")
