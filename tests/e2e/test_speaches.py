@@ -237,8 +237,9 @@ def tell_speakers_apart(server: Server) -> None:
     run = server.apply("--tags", "stt")
     assert "telling speakers apart" not in run.output
     assert 'VOICEGATE_DIARIZATION="upstream"' in inside("cat", "/etc/sottovoce/voicegate.env")
-    # Speaches finds the models and cannot load them.
+    # Speaches has read the recording, finds the models and cannot load them.
     assert ask_for_speakers(server) == (503, "diarization_failed")
+    assert "ONNXRuntimeError" in inside("journalctl", "--no-pager", "--unit=speaches")
     assert server.apply().changed == 0
 
 
