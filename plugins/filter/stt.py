@@ -21,6 +21,7 @@ _GATEWAY_SETTING = re.compile(r"^    (\w+): (?:str|int|bool) = _setting\(", re.M
 GATEWAY_ROLES_OWN = frozenset(
     ("host", "port", "model", "revision", "device", "compute_type", "language", "ttl", "api_key_file",
      "upstream", "upstream_model", "upstream_api_key_file", "wyoming_port", "data_dir", "webhook_secret_file",
+     "diarization", "diarization_model",
      "vram_policy", "vram_need_mib", "vram_kept_mib", "vram_fallback", "ollama_url", "ollama_pinned",
      "ollama_reload")
 )  # fmt: skip
@@ -74,9 +75,15 @@ def _ctranslate2(root: Path, request: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _gateway_problems(root: Path, settings: Mapping[str, Any], port: Any) -> list[str]:
+def _gateway_problems(root: Path, request: Mapping[str, Any]) -> list[str]:
     """What is wrong with the voice_gateway_* variables; the names are those in voicegate's own table."""
+    settings, port = request["gateway"], request["port"]
     found = []
+    if settings.get("diarization") and request["engine"] == "builtin":
+        found.append(
+            "voice_gateway_diarization: only the engine speaches tells speakers apart; set "
+            "stt_server_engine: speaches, or voice_gateway_diarization: false."
+        )
     if str(settings["engine_port"]) == str(port):
         found.append(
             f"voice_gateway_engine_port: {port} is the gateway's (stt_server_port); give the engine another."
@@ -109,7 +116,7 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
     settings = request.copy()
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
     if request.get("gateway"):
-        problems += _gateway_problems(Path(gateway), request["gateway"], request["port"])
+        problems += _gateway_problems(Path(gateway), request)
     try:
         choice = _stt.resolve_model(str(settings["model"]), base)
     except _stt.SttError:

@@ -19,6 +19,11 @@ CUDA_ENVIRONMENT = "/opt/stt-cuda"
 READY = "/usr/bin/python3 -I /opt/stt-ready.py --process=${MAINPID}"
 CUDA_PARTS = ("cublas", "cudnn", "cuda_nvrtc")
 SPEACHES_PYTHON = "3.12"
+# What Speaches needs to tell speakers apart, and the file of each that matters.
+DIARIZATION_MODELS: Mapping[str, str] = {
+    "fedirz/segmentation_community_1": "model.onnx",
+    "Wespeaker/wespeaker-voxceleb-resnet34-LM": "voxceleb_resnet34_LM.onnx",
+}
 BUILTIN_START = "{}/venv/bin/python -m voicegate serve"
 
 
@@ -38,6 +43,8 @@ class Facts:
     has_python: Callable[[str], bool]
     running: Sequence[str] = ()  # units of ours that are enabled or running
     cards: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # what the driver says of the cards here
+    in_cache: Callable[[str, str, str], bool] = lambda *_unused: False  # hub cache, id, file
+    hub_status: Callable[[str], int] = lambda _unused: 0  # HTTP status, with the token; 0: no answer
 
 
 def hub_cache(engine: str) -> str:
@@ -148,6 +155,13 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     if request.get("gateway"):
         plan["gateway"] = _gateway(request, plan, facts)
         wanted |= {plan["gateway"]["unit"]} if request["enabled"] else set()
+        if request["gateway"].get("diarization") and request["enabled"]:
+            reason = _no_diarization(request, plan, facts)
+            if reason:
+                skipped.append({"what": "telling speakers apart", "why": reason})
+            else:
+                plan["gateway"]["environment"]["VOICEGATE_DIARIZATION"] = "upstream"
+                plan["gateway"]["diarization_models"] = list(DIARIZATION_MODELS)
     plan["stop"] = [
         unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit not in wanted
     ]
@@ -216,6 +230,33 @@ def _turns(request: Mapping[str, Any], engine: str, device: str) -> dict[str, st
     return {
         f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value and name != leave
     }
+
+
+def _no_diarization(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) -> str:
+    """Return why Speaches cannot tell speakers apart now, or nothing; SttError where you can help."""
+    if plan["engine"] != "speaches":
+        return f"the engine {plan['engine']} cannot"
+    hub = request["hub_url"].rstrip("/")
+    for model, file in DIARIZATION_MODELS.items():
+        if facts.in_cache(hub_cache("speaches"), model, file):
+            continue
+        reason = facts.unreachable(request["hub_url"])
+        status = 0 if reason else facts.hub_status(f"{hub}/{model}/resolve/main/{file}")
+        if status in (401, 403):
+            token = "does not open it" if request["gateway"].get("has_hf_token") else "is not set"
+            raise _stt.SttError(
+                f"voice_gateway_diarization: {model} is gated, or gone (HTTP {status}), and "
+                f"voice_gateway_hf_token {token}. Accept its conditions at {hub}/{model}, make a token that "
+                f"may read at {hub}/settings/tokens, and set voice_gateway_hf_token to it."
+            )
+        if status == 404:
+            raise _stt.SttError(
+                f"voice_gateway_diarization: {hub} has no {model}, which Speaches needs for it."
+            )
+        if not 200 <= status < 400:
+            reason = reason or (f"HTTP {status}" if status else "no answer")
+            return f"{model} is not on this machine and the model hub cannot be reached ({reason})"
+    return ""
 
 
 def _usable(asked: str, cards: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

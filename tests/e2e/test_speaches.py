@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_speaches
 from e2e import wait_for
 
 pytestmark = [pytest.mark.incus, pytest.mark.speaches]
@@ -95,6 +95,11 @@ class Server:
             ),
             encoding="utf-8",
         )
+
+    def set(self, line: str) -> None:
+        """One more variable of the machine, until the next `configure`."""
+        with (self.inventory / "host_vars" / f"{MACHINE}.yml").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def apply(self, *arguments: str) -> Any:
         return self.collection.play("apply", self.inventory, *arguments, timeout=1200)
@@ -218,6 +223,7 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
     assert len(server.on_card()) == 1  # Speaches' own API, through it
     assert server.apply().changed == 0
     takes_turns(server)
+    tell_speakers_apart(server)
     infra.write_text(before, encoding="utf-8")
     server.apply("--tags", "infra,stt")
     assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
@@ -263,3 +269,36 @@ def takes_turns(server: Server) -> None:
         inside("systemctl", "stop", "turns")
     assert server.hear("whisper-1") == SENTENCE  # Speaches loads it by itself
     assert len(server.on_card()) == 1
+
+
+CARD = "---\nlibrary_name: onnx\npipeline_tag: speaker-segmentation\ntags: [pyannote]\n---\n"
+
+
+def tell_speakers_apart(server: Server) -> None:
+    """Its models are not to be had here: skipped by name; with empty ones the endpoint is reached."""
+    server.set("voice_gateway_diarization: true")
+    run = server.apply("--tags", "stt")
+    told = "skipped: telling speakers apart: fedirz/segmentation_community_1 is not on this machine"
+    assert told in run.output
+    assert ask_for_speakers(server) == (400, "diarization_unavailable")
+    for model, file in _stt_plan.DIARIZATION_MODELS.items():
+        folder = f"{_stt_plan.hub_cache('speaches')}/{_stt.hub_folder(model)}"
+        snapshot = f"{folder}/snapshots/0000"
+        inside("sh", "-c", f"mkdir -p {folder}/refs {snapshot} && printf 0000 > {folder}/refs/main")
+        inside("sh", "-c", f"printf %s '{CARD}' > {snapshot}/README.md && echo none > {snapshot}/{file}")
+    run = server.apply("--tags", "stt")
+    assert "telling speakers apart" not in run.output
+    assert 'VOICEGATE_DIARIZATION="upstream"' in inside("cat", "/etc/sottovoce/voicegate.env")
+    # Speaches has read the recording, finds the models and cannot load them.
+    assert ask_for_speakers(server) == (503, "diarization_failed")
+    assert "ONNXRuntimeError" in inside("journalctl", "--no-pager", "--unit=speaches")
+    assert server.apply().changed == 0
+
+
+def ask_for_speakers(server: Server) -> tuple[int, str]:
+    form = {"model": "whisper-1", "response_format": "diarized_json"}
+    body, kind = _stt_speaches.form(form, CLIP.name, CLIP.read_bytes())
+    answer = _stt_speaches.http(
+        "POST", f"{server.url}/v1/audio/transcriptions", body, {"Content-Type": kind}, 60
+    )
+    return answer.status, str(answer.json()["error"]["code"])

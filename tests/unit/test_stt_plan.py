@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan
+from ansible_collections.sottovoce.stack.plugins.modules import stt_preflight
 
 PINNED = "p" * 64
 
@@ -66,6 +70,8 @@ class Machine:
             has_python=lambda python: python in there.get("pythons", ()),
             running=there.get("running", ()),
             cards=lambda: there.get("cards", ()),
+            in_cache=lambda cache, identifier, file: (cache, identifier, file) in there.get("files", ()),
+            hub_status=lambda url: there.get("hub", {}).get(url, 0),
         )
 
     def _unreachable(self, url: str) -> str:
@@ -452,3 +458,103 @@ def test_disabled_stops_the_gateway_too() -> None:
 def test_the_summary_has_the_gateways_address() -> None:
     plan = _stt_plan.make_plan(request(gateway=gateway()), Machine().facts)
     assert _stt_plan.summarize(plan, True, "10.1.2.3", {})["url"] == "http://10.1.2.3:8000/v1"
+
+
+SPEAKERS = gateway(diarization=True)
+HUB = {
+    f"https://hub.test/{model}/resolve/main/{file}": 302
+    for model, file in _stt_plan.DIARIZATION_MODELS.items()
+}
+GATED = "https://hub.test/fedirz/segmentation_community_1/resolve/main/model.onnx"
+
+
+def test_speaches_gets_what_it_needs_to_tell_speakers_apart() -> None:
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub=HUB).facts)
+    assert plan["skipped"] == []
+    front = plan["gateway"]
+    assert front["environment"]["VOICEGATE_DIARIZATION"] == "upstream"
+    assert front["diarization_models"] == list(_stt_plan.DIARIZATION_MODELS)
+
+
+def test_models_that_are_there_need_no_hub() -> None:
+    cache = _stt_plan.hub_cache("speaches")
+    asked = request(gateway=SPEAKERS)
+    speech = (cache, asked["model"]["listed"])
+    there = [(cache, model, file) for model, file in _stt_plan.DIARIZATION_MODELS.items()]
+    machine = Machine(files=there, cached=[speech], down={"https://hub.test": "no such name"})
+    plan = _stt_plan.make_plan(asked, machine.facts)
+    assert plan["skipped"] == []
+    assert plan["gateway"]["environment"]["VOICEGATE_DIARIZATION"] == "upstream"
+    assert "https://hub.test" not in machine.asked
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_told_with_the_place_to_get_it(status: int) -> None:
+    for has_token, words in ((False, "voice_gateway_hf_token is not set"), (True, "does not open it")):
+        asked = request(gateway=gateway(diarization=True, has_hf_token=has_token))
+        with pytest.raises(_stt.SttError, match=words) as caught:
+            _stt_plan.make_plan(asked, Machine(hub={**HUB, GATED: status}).facts)
+        assert "https://hub.test/fedirz/segmentation_community_1" in str(caught.value)
+        assert "https://hub.test/settings/tokens" in str(caught.value)
+
+
+def test_a_model_that_the_hub_does_not_have() -> None:
+    with pytest.raises(_stt.SttError, match="has no fedirz/segmentation_community_1"):
+        _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub={**HUB, GATED: 404}).facts)
+
+
+@pytest.mark.parametrize(("status", "why"), [(0, "no answer"), (503, "HTTP 503")])
+def test_speakers_are_skipped_where_the_hub_does_not_answer(status: int, why: str) -> None:
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub={**HUB, GATED: status}).facts)
+    [skipped] = plan["skipped"]
+    assert skipped["what"] == "telling speakers apart"
+    assert (
+        f"fedirz/segmentation_community_1 is not on this machine and the model hub cannot be reached ({why})"
+        in (skipped["why"])
+    )
+    assert "VOICEGATE_DIARIZATION" not in plan["gateway"]["environment"]
+    assert "diarization_models" not in plan["gateway"]
+
+
+def test_the_engine_that_was_fallen_back_to_tells_no_speakers_apart() -> None:
+    machine = Machine(down={"https://source.test/a.tar.gz": "no such name"}, hub=HUB)
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert [item["what"] for item in plan["skipped"]] == ["speaches", "telling speakers apart"]
+    assert "VOICEGATE_DIARIZATION" not in plan["gateway"]["environment"]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Redirects whoever has the token, as the hub does, to where nobody is."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(302 if self.headers["authorization"] == "Bearer hf_good" else 401)
+        self.send_header("Location", "http://127.0.0.1:9/")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def test_the_hub_is_asked_with_the_token() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/a/b/resolve/main/c"
+    try:
+        assert [stt_preflight.Probe(2, token).status(url) for token in ("hf_good", "", "x")] == [
+            302,
+            401,
+            401,
+        ]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert stt_preflight.Probe(2).status(url) == 0
+
+
+def test_files_of_a_hub_cache(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.onnx").touch()
+    assert stt_preflight.in_cache(str(tmp_path), "a/b", "model.onnx")
+    assert not stt_preflight.in_cache(str(tmp_path), "a/b", "model.bin")
+    assert not stt_preflight.cached(str(tmp_path), "a/b", "")

@@ -235,6 +235,11 @@ def test_settings_of_the_gateway_are_voicegates_own() -> None:
     assert "no setting 'queu_limit'" in second
     assert "queue_limit" in second
     assert "'model' follows from a variable" in third
+    front = {"engine_port": 8001, "wyoming_port": 0, "settings": {}, "diarization": True}
+    asked = settings(gateway=front, port=8000)
+    assert stt_request({**asked, "engine": "speaches"}, str(ROOT / "gateway"))["problems"] == []
+    [only] = stt_request({**asked, "engine": "builtin"}, str(ROOT / "gateway"))["problems"]
+    assert "voice_gateway_diarization: only the engine speaches" in only
     names = {field.name for field in dataclasses.fields(Settings)}
     assert names >= GATEWAY_ROLES_OWN
     every = dict.fromkeys(names - GATEWAY_ROLES_OWN - set(SECRETS), 1)

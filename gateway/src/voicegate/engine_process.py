@@ -72,13 +72,19 @@ class Channel:
                 self.commands.put(message)
 
 
-def main() -> None:
-    limit_arenas()
+def connect() -> Channel:
+    """To the server that started this process, whose descriptor is the first argument."""
     # Ctrl-C and systemd signal the whole group; the server decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=channel.listen, name="voicegate-listen", daemon=True).start()
+    return channel
+
+
+def main() -> None:
+    limit_arenas()
+    channel = connect()
     load = channel.commands.get()
     settings = wire.settings_from(load["value"])
     logs.configure(settings.log_level, settings.log_format)

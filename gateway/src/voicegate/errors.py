@@ -204,6 +204,54 @@ def engine_answer(detail: str) -> ApiError:
     )
 
 
+def no_diarization() -> ApiError:
+    return invalid(
+        "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'. Its operator can"
+        " switch that on (--diarization).",
+        "response_format",
+        "diarization_unavailable",
+    )
+
+
+def not_diarized() -> ApiError:
+    return invalid(
+        "Speakers were not told apart in this job. Hand the recording in again, with response_format"
+        " diarized_json.",
+        "format",
+        "not_diarized",
+    )
+
+
+def diarization_not_loaded(reason: str) -> ApiError:
+    return unavailable(f"Speakers cannot be told apart now: {reason}.", "diarization_not_loaded")
+
+
+def diarization_down() -> ApiError:
+    return unavailable("What tells speakers apart ended while it worked on this request.", "diarization_down")
+
+
+def diarization_unreachable(url: str) -> ApiError:
+    return unavailable(f"What tells speakers apart, {url}, cannot be reached.", "diarization_unreachable")
+
+
+def diarization_timeout(seconds: int) -> ApiError:
+    return ApiError(
+        504,
+        f"Telling the speakers apart took longer than {seconds} s.",
+        type="server_error",
+        code="diarization_timeout",
+    )
+
+
+def diarization_answer(detail: str) -> ApiError:
+    return ApiError(
+        502,
+        f"The answer about who spoke when cannot be read: {detail}.",
+        type="server_error",
+        code="diarization_answer",
+    )
+
+
 def vram_busy(models: list[str]) -> ApiError:
     error = unavailable(
         f"The card is taken by {', '.join(models)}, and only one may be on it at a time.",

@@ -49,8 +49,8 @@ class Process:
         self._writer: asyncio.StreamWriter
 
     @classmethod
-    async def spawn(cls) -> Process:
-        process, ours = await child.spawn("voicegate.engine_process")
+    async def spawn(cls, module: str = "voicegate.engine_process") -> Process:
+        process, ours = await child.spawn(module)
         self = cls(process, ours)
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.LINE_LIMIT)
         self._reading = asyncio.create_task(self._read())
@@ -79,10 +79,10 @@ class Process:
     def send(self, message: bytes) -> None:
         self._writer.write(message)
 
-    def ask(self, source: Source, options: Options) -> int:
+    def ask(self, source: Source, options: Options | None, kind: str = "transcribe") -> int:
         """Hand a transcription over; the number is for `step`, `receive` and `close`."""
         number = next(self._numbers)
-        message = wire.pack("transcribe", options, number=number, request_id=request_id.get())
+        message = wire.pack(kind, options, number=number, request_id=request_id.get())
         if not self.alive:
             raise Ended
         try:

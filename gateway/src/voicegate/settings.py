@@ -28,6 +28,7 @@ COMPUTE_TYPES = (
     "float32",
 )
 POLICIES = ("resident", "yield", "exclusive")
+DIARIZATION = ("off", "upstream", "pyannote")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
 # Read from <name>_file or the environment.
@@ -131,6 +132,14 @@ class Settings:
     )
     max_decode_mib: int = _setting(
         256, "memory of the process that decodes one upload, in MiB; its samples do not count", low=64
+    )
+    diarization: str = _setting(
+        "off",
+        "who tells speakers apart: the upstream (Speaches), or pyannote.audio here",
+        choices=DIARIZATION,
+    )
+    diarization_model: str = _setting(
+        "pyannote/speaker-diarization-community-1", "pipeline of pyannote.audio: hub id, or a local folder"
     )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
@@ -249,6 +258,8 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
     for name in ("upstream", "ollama_url"):
         if (url := getattr(settings, name)) and not _URL.match(url):
             problems.append(f"{_flag(name)}: {url!r} is no URL such as http://127.0.0.1:8001")
+    if settings.diarization == "upstream" and not settings.upstream:
+        problems.append("--diarization: upstream needs --upstream, the URL of a Speaches")
     try:
         fallbacks(settings.vram_fallback)
     except ValueError as error:

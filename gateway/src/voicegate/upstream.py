@@ -36,15 +36,9 @@ class UpstreamEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._url = settings.upstream.rstrip("/").removesuffix("/v1")
+        self._url = address(settings)
         self._model = settings.upstream_model or models.resolve(settings.model).id
-        key = settings.upstream_api_key
-        self._client = httpx2.AsyncClient(
-            base_url=self._url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
-            trust_env=False,  # a proxy is for the world, and this is a neighbour
-        )
+        self._client = client(settings)
         self._worker = Worker(settings.queue_limit, parallel=settings.upstream_parallel, live_beyond=True)
         self._state: LoadState = "loading"
         self._error: str | None = None
@@ -224,6 +218,20 @@ class UpstreamEngine:
             self._tenant.note_gone()
 
 
+def address(settings: Settings) -> str:
+    return settings.upstream.rstrip("/").removesuffix("/v1")
+
+
+def client(settings: Settings) -> httpx2.AsyncClient:
+    key = settings.upstream_api_key
+    return httpx2.AsyncClient(
+        base_url=address(settings),
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
+        trust_env=False,  # a proxy is for the world, and this is a neighbour
+    )
+
+
 def fields(model: str, options: Options) -> list[tuple[str, str]]:
     """The form that asks an OpenAI-compatible server for everything a transcript has."""
     result = [("model", model), ("response_format", "verbose_json")]
@@ -241,7 +249,7 @@ def fields(model: str, options: Options) -> list[tuple[str, str]]:
 
 
 def multipart(
-    form: list[tuple[str, str]], descriptor: int, sent: asyncio.Event
+    form: list[tuple[str, str]], descriptor: int, sent: asyncio.Event | None = None
 ) -> tuple[AsyncIterator[bytes], int, str]:
     """A body that reads the file piece by piece, its length in bytes, its content type.
 
@@ -265,7 +273,8 @@ def multipart(
         while data := await asyncio.to_thread(os.pread, descriptor, CHUNK, offset):
             offset += len(data)
             yield data
-        sent.set()
+        if sent is not None:
+            sent.set()
         yield last
 
     return body(), len(first) + size + len(last), f"multipart/form-data; boundary={boundary}"
@@ -334,7 +343,7 @@ def _segment(item: dict[str, Any]) -> Segment:
 
 def refused(status: int, body: bytes, model: str, retry_after: str | None) -> ApiError:
     """What an upstream's failure means for whoever asked here."""
-    message = _message(body)
+    message = message_of(body)
     if "out of memory" in message.casefold():
         return errors.out_of_memory()
     match status:
@@ -358,7 +367,7 @@ def refused(status: int, body: bytes, model: str, retry_after: str | None) -> Ap
     return errors.unavailable(f"The speech engine failed with status {status}.", "engine_failed")
 
 
-def _message(body: bytes) -> str:
+def message_of(body: bytes) -> str:
     """The sentence in an error's body, whatever its shape; at most 300 characters."""
     try:
         value: Any = json.loads(body)

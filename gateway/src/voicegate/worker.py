@@ -27,6 +27,7 @@ from voicegate import errors
 from voicegate.engine import Rank
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # Seconds without a step after which one is due whatever else waits: a file moves on by a segment a minute
 # at the least, under any load.
@@ -89,6 +90,18 @@ class Job(Generic[T]):
 
     def end(self, error: BaseException | None = None) -> None:
         self._items.put_nowait(error)
+
+    async def unless_cancelled(self, work: Coroutine[Any, Any, R]) -> R | None:
+        """The result of `work`; None if nobody wants this job any more, and then the work is cancelled."""
+        doing = asyncio.create_task(work)
+        leaving = asyncio.create_task(self.cancelled.wait())
+        try:
+            await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return doing.result() if doing.done() else None
+        finally:
+            for task in (doing, leaving):
+                task.cancel()
+            await asyncio.gather(doing, leaving, return_exceptions=True)
 
     async def next(self) -> T | None:
         """The next item, None at the end; raises what the work raised."""
