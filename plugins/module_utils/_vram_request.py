@@ -143,7 +143,7 @@ def _speech_names(model: str, live: str, engine: str, unknown: list[str]) -> tup
     main = speech_name(model, unknown)
     small = speech_name(live, unknown, "live_model") if live else ""
     if live and bool(main) != bool(small):
-        unknown.append(f"speech model {model}" if main else f"live model {live}")
+        unknown.append(f"{f'speech model {model}' if main else f'live model {live}'} beside it")
         return "", ""
     return main, small
 

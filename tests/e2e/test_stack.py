@@ -93,7 +93,7 @@ def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
     told = health("e2e-speech", 8001, "/health")
     assert (told["status"], told["queue"]["limit"], told["compute_type"]) == ("ok", 5, "float32")
     # With a small model beside it for live speech.
-    invocation = unit("e2e-speech", "voicegate", "InvocationID")
+    (invocation,) = unit("e2e-speech", "voicegate", "InvocationID")
     journal = incus("exec", "e2e-speech", "--", "journalctl", f"_SYSTEMD_INVOCATION_ID={invocation}")
     assert re.findall(r"model_loaded .*?model=\S*/(\S+)", journal) == ["whisper-demo", "whisper-demo-en"]
     incus("file", "push", str(ROOT / "demo/clips/D000.wav"), "e2e-speech/root/speech.wav")
