@@ -193,7 +193,11 @@ def test_fetch_and_serve_by_hub_id(hub: str, tmp_path: Path, serve: Callable[...
     assert result.returncode == 0, result.stderr
     assert (Path(result.stdout.strip()) / "model.bin").read_bytes() == (MODEL_EN / "model.bin").read_bytes()
     # The hub is not needed any more.
-    server = serve("--model", Hub.repository, "--revision", REVISION, env={"HF_HOME": str(tmp_path)})
+    server = serve(
+        "--model", Hub.repository, "--revision", REVISION,
+        "--live-model", Hub.repository, "--live-revision", REVISION,
+        env={"HF_HOME": str(tmp_path)},
+    )  # fmt: skip
     client = server.client()
     [model] = client.models.list().data
     assert (model.id, model.owned_by) == (Hub.repository, "someone")

@@ -44,6 +44,13 @@ def stt_problems_of_hosts(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> 
     return found
 
 
+def _choice(model: str, base: str) -> _stt.Choice:
+    try:
+        return _stt.resolve_model(model, base)
+    except _stt.SttError:
+        return _stt.Choice(asked=model, name="")  # already among the problems
+
+
 def _model_digest(path: str, problems: list[str], name: str) -> str:
     """Return the digest of a model's folder on the controller; nothing when there is no such folder."""
     if not path or not os.path.isdir(path):
@@ -92,8 +99,9 @@ def _gateway_problems(root: Path, request: Mapping[str, Any]) -> list[str]:
     known = re.findall(
         r"^    (\w+): (?:str|int|bool) = _setting\(", table.read_text(encoding="utf-8"), re.MULTILINE
     )
+    own = GATEWAY_ROLES_OWN.union(_stt_plan.LIVE_SETTINGS if request["engine"] == "builtin" else ())
     for name in settings["settings"]:
-        if name in GATEWAY_ROLES_OWN:
+        if name in own:
             found.append(
                 f"voice_gateway_settings: '{name}' follows from a variable of stt_server or voice_gateway."
             )
@@ -117,15 +125,18 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
     if request.get("gateway"):
         problems += _gateway_problems(Path(gateway), request)
-    try:
-        choice = _stt.resolve_model(str(settings["model"]), base)
-    except _stt.SttError:
-        choice = _stt.Choice(asked=str(settings["model"]), name="")  # already among the problems
+    choice = _choice(str(settings["model"]), base)
+    live = str(settings.get("live_model") or "")
+    live_choice = _choice(live, base) if live else None
     if request.get("tts_model"):
         # The built-in engine does not speak, and Open WebUI is told beforehand that somebody does.
         request["engine_fallback"] = ""
     request["model"] = asdict(choice)
     request["model_digest"] = _model_digest(choice.path, problems, "stt_server_model")
+    request["live_model"] = asdict(live_choice) if live_choice else {}
+    request["live_model_digest"] = _model_digest(
+        live_choice.path if live_choice else "", problems, "stt_server_live_model"
+    )
     fallback = _expand(str(settings.get("fallback_model") or ""), base)
     request["fallback_path"] = fallback
     request["fallback_digest"] = _model_digest(fallback, problems, "stt_server_fallback_model")

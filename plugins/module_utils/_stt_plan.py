@@ -24,6 +24,9 @@ DIARIZATION_MODELS: Mapping[str, str] = {
     "fedirz/segmentation_community_1": "model.onnx",
     "Wespeaker/wespeaker-voxceleb-resnet34-LM": "voxceleb_resnet34_LM.onnx",
 }
+# Settings of voicegate: the role's where the engine is in it. In front of another engine they name one of
+# that one's models.
+LIVE_SETTINGS = ("live_model", "live_revision")
 BUILTIN_START = "{}/venv/bin/python -m voicegate serve"
 
 
@@ -51,13 +54,13 @@ def hub_cache(engine: str) -> str:
     return f"{STATES[engine]}/hf/hub"
 
 
-def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, Any]:
-    """Return where the model comes from and where it will be."""
-    choice = request["model"]
-    if choice["path"] and not request["model_digest"]:
+def _model(request: Mapping[str, Any], engine: str, facts: Facts, which: str = "model") -> dict[str, Any]:
+    """Return where `model` or `live_model` comes from and where it will be; the latter may be skipped."""
+    choice, digest = request[which], request[f"{which}_digest"]
+    if choice["path"] and not digest:
         if not facts.model_at(choice["path"]):
             raise _stt.SttError(
-                f"stt_server_model: there is no folder with a model.bin at {choice['path']}, "
+                f"stt_server_{which}: there is no folder with a model.bin at {choice['path']}, "
                 "neither on the controller nor on this machine."
             )
         if engine == "speaches":
@@ -67,7 +70,7 @@ def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, A
             )
         return {"name": choice["name"], "id": choice["name"], "argument": choice["path"]}
     if choice["path"]:
-        return _folder(choice["name"], choice["path"], request["model_digest"], engine)
+        return _folder(choice["name"], choice["path"], digest, engine)
     identifier = choice["listed"] if engine == "speaches" else choice["repository"]
     revision = choice["revision"] if engine == "builtin" else ""
     found = {
@@ -83,6 +86,13 @@ def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, A
     reason = f"the model hub cannot be reached ({reason})"
     if engine == "speaches":
         raise Unreachable(reason)
+    if which == "live_model":
+        return {
+            "skipped": {
+                "what": f"live model {choice['name']}",
+                "why": f"{reason}; live speech uses the main model",
+            },
+        }
     if not request["fallback_digest"]:
         raise _stt.SttError(
             f"The model {choice['name']} is not on this machine and {reason}. Connect the machine, or set "
@@ -110,6 +120,18 @@ def _folder(name: str, path: str, digest: str, engine: str) -> dict[str, Any]:
     # The folder's own name stays the last part: it is what /v1/models lists.
     dest = f"{ROOTS[engine]}/models/{digest[:12]}/{name}"
     return {"name": name, "id": name, "argument": dest, "src": path, "dest": dest, "digest": digest}
+
+
+def _live_model(
+    request: Mapping[str, Any], engine: str, facts: Facts, main: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Return the small model for live speech, nothing if there is none, and a note."""
+    if not request.get("live_model") or engine != "builtin":
+        return {}, ""
+    live = _model(request, engine, facts, "live_model")
+    if live.get("argument") != main["argument"]:
+        return live, ""
+    return {}, f"stt_server_live_model: {main['name']} is the main model too; it is loaded once"
 
 
 class Unreachable(Exception):
@@ -147,8 +169,9 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
             plan |= _engine(request, engine, device, facts, cards)
         except Unreachable as second:
             raise _stt.SttError(f"{engine}: {second}.") from second
-    if "skipped" in plan["model"]:
-        skipped.append(plan["model"].pop("skipped"))
+    for model in (plan["model"], plan["live_model"]):
+        if "skipped" in model:
+            skipped.append(model.pop("skipped"))
     plan["notes"] = notes + plan["notes"]
     plan["skipped"] = skipped
     wanted = {plan["unit"]} if request["enabled"] else set()
@@ -179,6 +202,11 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
     if settings["wyoming_port"]:
         environment["VOICEGATE_WYOMING_PORT"] = str(settings["wyoming_port"])
     if plan["engine"] == "builtin":
+        for name in LIVE_SETTINGS:  # after a fallback from the engine that they were written for
+            if environment.pop(f"VOICEGATE_{name.upper()}", ""):
+                plan["notes"].append(
+                    f"voice_gateway_settings: {name} is not for the engine builtin; left out"
+                )
         own = {name: plan[name] for name in ("release", "stamp", "install", "cuda", "exec_start", "url")}
         return {
             **own,
@@ -306,26 +334,33 @@ def _engine(
     # After the release: a source that does not answer may lead to another engine.
     quantization, notes = _compute_type(request, engine, device, cards)
     model = _model(request, engine, facts)
+    live, note = _live_model(request, engine, facts, model)
+    notes += [note] if note else []
     stamp = _stt.stamp(
         engine, release["digest"], request["cuda_lock"] if device == "cuda" else "", release["python"]
     )
     installed = facts.stamp_at(release["path"]) == stamp
-    copied = not model.get("dest") or facts.digest_at(model["dest"]) == model["digest"]
+
+    def missing(model: Mapping[str, Any]) -> bool:
+        copied = not model.get("dest") or facts.digest_at(model["dest"]) == model["digest"]
+        return not copied or bool(model.get("fetch"))
+
     return {
         "engine": engine,
         "unit": _stt.UNITS[engine],
         "version": release["version"],
         "release": release,
         "model": model,
+        "live_model": live,
         "compute_type": quantization,
         "notes": notes,
         "stamp": stamp,
         "install": not installed,
-        "provide_model": not copied or bool(model.get("fetch")),
+        "provide": [found for found in (model, live) if missing(found)],
         "cuda": device == "cuda",
         "system_python": facts.python_path,
         "state": STATES[engine],
-        **service(request, engine, release, model, device, quantization, stamp, facts.python),
+        **service(request, engine, release, model, live, device, quantization, stamp, facts.python),
     }
 
 
@@ -379,6 +414,7 @@ def service(
     engine: str,
     release: Mapping[str, Any],
     model: Mapping[str, Any],
+    live: Mapping[str, Any],
     device: str,
     quantization: str,
     stamp: str,
@@ -417,6 +453,8 @@ def service(
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
         environment |= _turns(request, engine, device)
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
+        environment |= {"VOICEGATE_LIVE_MODEL": live["argument"]} if live.get("argument") else {}
+        environment |= {"VOICEGATE_LIVE_REVISION": live["revision"]} if live.get("revision") else {}
         exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""
     else:

@@ -17,11 +17,14 @@ PINNED = "p" * 64
 
 def request(**changes: Any) -> dict[str, Any]:
     model = changes.pop("model", "large-v3-turbo")
+    live = changes.pop("live_model", "")
     return {
         "host": "0.0.0.0",
         "port": 8000,
         "model": asdict(_stt.resolve_model(model)),
         "model_digest": "",
+        "live_model": asdict(_stt.resolve_model(live)) if live else {},
+        "live_model_digest": "",
         "quantization": "float16",
         "language": "",
         "enabled": True,
@@ -138,7 +141,7 @@ def test_no_network_at_all_gives_the_fallback_model() -> None:
     }
     assert plan["environment"]["VOICEGATE_MODEL"] == plan["model"]["dest"]
     assert [item["what"] for item in plan["skipped"]] == ["speaches", "model large-v3-turbo"]
-    assert plan["provide_model"]
+    assert plan["provide"] == [plan["model"]]
 
 
 def test_no_network_and_no_fallback_model_is_refused() -> None:
@@ -163,10 +166,10 @@ def test_nothing_to_do_asks_no_address() -> None:
     )
     plan = _stt_plan.make_plan(request(), machine.facts)
     assert machine.asked == []
-    assert (plan["engine"], plan["install"], plan["provide_model"], plan["stop"]) == (
+    assert (plan["engine"], plan["install"], plan["provide"], plan["stop"]) == (
         "speaches",
         False,
-        False,
+        [],
         [],
     )
 
@@ -218,7 +221,7 @@ def test_folder_on_the_machine() -> None:
     there = request(engine="builtin", model="/srv/there")
     plan = _stt_plan.make_plan(there, Machine(models=["/srv/there"]).facts)
     assert plan["environment"]["VOICEGATE_MODEL"] == "/srv/there"
-    assert not plan["provide_model"]
+    assert plan["provide"] == []
     with pytest.raises(_stt.SttError, match="neither on the controller nor on this machine"):
         _stt_plan.make_plan(there, Machine().facts)
 
@@ -255,6 +258,7 @@ def test_disabled_stops_everything() -> None:
         {"language": "de"},
         {"ttl": 60},
         {"gateway_digest": "h" * 64},
+        {"live_model": "tiny"},
     ],
 )
 def test_every_setting_changes_the_unit_or_its_environment(change: dict[str, Any]) -> None:
@@ -350,6 +354,68 @@ def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
     assert not any("VRAM" in name for name in environment)
 
 
+def live_settings(plan: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in plan["environment"].items() if "LIVE" in name}
+
+
+def test_the_live_model_comes_as_the_main_one_does() -> None:
+    asked = request(engine="builtin", live_model="tiny")
+    plan = _stt_plan.make_plan(asked, Machine().facts)
+    tiny = _stt.MODELS["tiny"]
+    assert live_settings(plan) == {
+        "VOICEGATE_LIVE_MODEL": tiny.repository,
+        "VOICEGATE_LIVE_REVISION": tiny.revision,
+    }
+    assert plan["provide"] == [plan["model"], plan["live_model"]]
+    assert plan["skipped"] == []
+    cached = {("/var/lib/voicegate/hf/hub", _stt.MODELS["large-v3-turbo"].repository)}
+    assert _stt_plan.make_plan(asked, Machine(cached=cached).facts)["provide"] == [plan["live_model"]]
+
+
+def test_a_live_model_from_the_controller_or_the_machine() -> None:
+    asked = request(engine="builtin", live_model="/srv/small")
+    copied = _stt_plan.make_plan({**asked, "live_model_digest": "m" * 64}, Machine().facts)
+    path = f"/opt/voicegate/models/{'m' * 12}/small"
+    assert live_settings(copied) == {"VOICEGATE_LIVE_MODEL": path}
+    assert copied["provide"][1]["src"] == "/srv/small"
+    there = _stt_plan.make_plan(asked, Machine(models=["/srv/small"]).facts)
+    assert live_settings(there) == {"VOICEGATE_LIVE_MODEL": "/srv/small"}
+    assert there["provide"] == [there["model"]]
+    with pytest.raises(_stt.SttError, match="stt_server_live_model: there is no folder"):
+        _stt_plan.make_plan(asked, Machine().facts)
+
+
+def test_without_the_hub_there_is_no_live_model_and_the_summary_says_so() -> None:
+    cached = {("/var/lib/voicegate/hf/hub", _stt.MODELS["large-v3-turbo"].repository)}
+    asked = request(engine="builtin", live_model="tiny")
+    plan = _stt_plan.make_plan(asked, Machine(down=OFFLINE, cached=cached).facts)
+    assert live_settings(plan) == {}
+    assert plan["provide"] == []
+    skipped = {
+        "what": "live model tiny",
+        "why": "the model hub cannot be reached (hub.test: no such name); live speech uses the main model",
+    }
+    assert _stt_plan.summarize(plan, True, "", {})["skipped"] == [skipped]
+
+
+def test_the_same_model_is_loaded_once() -> None:
+    plan = _stt_plan.make_plan(request(engine="builtin", model="tiny", live_model="tiny"), Machine().facts)
+    assert live_settings(plan) == {}
+    assert plan["provide"] == [plan["model"]]
+    assert any("stt_server_live_model" in note for note in plan["notes"])
+
+
+def test_another_engine_is_refused_a_live_model() -> None:
+    wrong = {"stt_server_engine": "speaches", "stt_server_live_model": "tiny"}
+    (problem,) = _stt.problems(wrong)
+    assert problem.startswith("stt_server_live_model: only the engine builtin")
+    assert "Set stt_server_engine: builtin" in problem
+    assert _stt.problems({**wrong, "stt_server_engine": "builtin"}) == []
+    (problem,) = _stt.problems({"stt_server_engine": "builtin", "stt_server_live_model": "tiyn"})
+    assert problem.startswith("stt_server_live_model: 'tiyn'")
+    assert "'tiny'" in problem
+
+
 GATEWAY = {"engine_port": 8001, "wyoming_port": 0, "settings": {}}
 
 
@@ -439,6 +505,24 @@ def test_the_builtin_engine_is_in_the_gateway() -> None:
         "VOICEGATE_DATA_DIR": "/var/lib/voicegate/jobs",
     }
     assert front["url"] == "http://127.0.0.1:8000"
+
+
+def test_the_live_model_of_another_engine_does_not_reach_the_builtin_one() -> None:
+    front = gateway(settings={"live_model": "somebody/small", "queue_limit": 3})
+    plan = _stt_plan.make_plan(request(gateway=front), Machine().facts)
+    assert plan["gateway"]["environment"]["VOICEGATE_LIVE_MODEL"] == "somebody/small"
+    fallen = _stt_plan.make_plan(
+        request(gateway=front), Machine(down={"https://source.test/a.tar.gz": "down"}).facts
+    )
+    assert fallen["engine"] == "builtin"
+    assert "VOICEGATE_LIVE_MODEL" not in fallen["gateway"]["environment"]
+    assert fallen["gateway"]["environment"]["VOICEGATE_QUEUE_LIMIT"] == "3"
+    assert any("live_model is not for the engine builtin" in note for note in fallen["notes"])
+    own = _stt_plan.make_plan(
+        request(engine="builtin", live_model="tiny", gateway=gateway()), Machine().facts
+    )
+    live = own["gateway"]["environment"]["VOICEGATE_LIVE_MODEL"]
+    assert live == _stt.MODELS["tiny"].repository
 
 
 def test_without_the_gateway_its_unit_is_stopped() -> None:

@@ -120,6 +120,28 @@ def test_monotone_in_context_batch_and_bits(mix: vram.Mix, context: int, paralle
             assert vram.fit(dataclasses.replace(mix, compute_type=kind)).together_mib >= need
 
 
+@given(mixes(engine="builtin"), MODELS)
+def test_a_live_model_never_needs_less(mix: vram.Mix, live: str) -> None:
+    alone, both = vram.fit(mix), vram.fit(dataclasses.replace(mix, live=live))
+    assert both.together_mib >= alone.together_mib
+    assert both.one_mib >= alone.one_mib
+    if alone.speech is None or both.speech is None:
+        assert alone.parts == both.parts
+        return
+    assert both.speech.rest >= alone.speech.rest
+    assert both.speech.peak >= alone.speech.peak
+    if mix.model != live:
+        small = footprint.stt(live, mix.compute_type)
+        # The weights of both, and what is shared once: the context at rest, the larger working set at work.
+        assert both.speech.rest == alone.speech.rest + small.parts["weights"]
+        assert both.speech.parts["working set"] == max(
+            alone.speech.parts["working set"], small.parts["working set"]
+        )
+        assert both.speech.peak < alone.speech.peak + small.peak
+    # Ollama sees what is loaded as used, and leaves the rest.
+    assert both.fit_target_mib + both.speech.rest >= alone.fit_target_mib + alone.speech.rest
+
+
 @given(mixes(policy="resident"))
 def test_fit_target_covers_what_speech_still_takes_and_moves_no_planned_layer(mix: vram.Mix) -> None:
     found = vram.fit(mix)
@@ -368,9 +390,62 @@ def test_what_speaches_keeps_counts_beside_a_language_model_alone_on_the_card() 
     assert vram.fit(mix).one_mib - builtin.one_mib == kept > 0
 
 
+BUILTIN = {**GPU, "stt_server_engine": "builtin", "ollama_default_model": "llama3.1:8b"}
+
+
+def test_the_live_model_is_in_the_whole_plan() -> None:
+    def planned(**more: Any) -> dict[str, Any]:
+        return request_.plan({**BUILTIN, "gpu_vram_mib": 24576, **more})
+
+    alone, both = planned(), planned(stt_server_live_model="small")
+    weights = footprint.stt("small", "float16").parts["weights"]
+    assert both["parts"][0]["name"] == "large-v3-turbo + small float16"
+    assert both["parts"][0]["parts"]["live model"] == weights
+    for key in ("rest_mib", "peak_mib"):
+        # What vram_health measures drift against.
+        assert both["units"]["voicegate"][key] == alone["units"]["voicegate"][key] + weights
+    assert both["need_mib"] >= alone["need_mib"] + weights
+    assert both["settings"]["speech_need_mib"] == alone["settings"]["speech_need_mib"] + weights
+    assert both["settings"]["speech_int8_mib"] > alone["settings"]["speech_int8_mib"] > 0
+    assert both["settings"]["fit_target_mib"] >= alone["settings"]["fit_target_mib"] + weights
+    assert any("large-v3-turbo + small" in line for line in both["lines"])
+    same = planned(stt_server_live_model="large-v3-turbo")
+    assert same["parts"] == alone["parts"]
+
+
+def test_a_live_model_can_be_what_is_too_much() -> None:
+    enough = request_.plan({**BUILTIN, "gpu_vram_mib": 24576})["need_mib"]
+    tight = {**BUILTIN, "gpu_vram_mib": enough}
+    assert request_.plan(tight)["status"] == "fits"
+    refused = request_.plan({**tight, "stt_server_live_model": "medium"})
+    assert refused["status"] == "refused"
+    assert 'stt_server_live_model: ""' in [near["change"] for near in refused["nearest"]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"stt_server_live_model": "/srv/own"},
+        {"stt_server_live_model": "tiny", "stt_server_model": "/srv/own"},
+        {"stt_server_live_model": "/srv/own", "stt_server_model": "somebody/other"},
+    ],
+)
+def test_where_one_of_the_speech_models_is_not_known_neither_is_counted(names: dict[str, str]) -> None:
+    plan = request_.plan({**BUILTIN, "gpu_vram_mib": 24576, **names})
+    assert plan["status"] == "unknown"
+    assert len(plan["unknown"]) == 2
+    assert [part["name"] for part in plan["parts"]] == ["llama3.1:8b", "nomic-embed-text"]
+    assert plan["settings"]["speech_need_mib"] == 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
+        ({"stt_server_live_model": "tiny"}, "stt_server_live_model: only the engine builtin"),
+        (
+            {"gpu_vram_mib": 8192, "stt_server_engine": "builtin", "stt_server_live_model": "auto"},
+            "stt_server_live_model: 'auto' is no model",
+        ),
         ({"gpu_vram_mib": "much"}, "gpu_vram_mib"),
         ({"gpu_card": "RTX 0"}, "RTX 0"),
         (

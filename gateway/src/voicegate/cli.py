@@ -109,7 +109,9 @@ def run_server(settings: Settings) -> int:
             folder = models.locate(model, settings.revision or None)
             if settings.live_model:
                 option = "live-model"
-                live_folder = models.locate(models.resolve(settings.live_model))
+                live_folder = models.locate(
+                    models.resolve(settings.live_model), settings.live_revision or None
+                )
         except ModelUnavailable as error:
             print(f"voicegate: --{option}: {error}", file=sys.stderr)
             return EXIT_SETTINGS

@@ -112,6 +112,9 @@ class Settings:
     live_model: str = _setting(
         "", "small model for what is being said, until it was said (default: the same as for the rest)"
     )
+    live_revision: str = _setting(
+        "", "commit, tag or branch of the small model's hub repository (default: the cached main)"
+    )
     live_limit: int = _setting(8, "live sessions at the same time (0: none); more get status 429", low=0)
     live_resume_seconds: int = _setting(
         30, "how long a live session waits for a client that was cut off", low=0
