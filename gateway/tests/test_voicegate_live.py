@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from socket import SHUT_RDWR
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from voicegate.live_sessions import LiveSessions
 from voicegate.settings import Settings
 from voicegate_support import CLIPS, MODEL_EN, Server, encoded, long_audio, samples_of
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.http11 import Response
 from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 from websockets.typing import Subprotocol
@@ -38,9 +40,18 @@ def said(*names: str) -> NDArray[np.int16]:
     return np.concatenate([SECOND, *(part for name in names for part in (samples_of(CLIPS / name), SECOND))])
 
 
-def open_live(server: Server, query: str = "", **options: Any) -> Connection:
-    url = f"ws://127.0.0.1:{server.port}/ws/transcribe?{query}"
-    return connect(url, open_timeout=20, **options)
+@contextmanager
+def open_live(server: Server, query: str = "", **options: Any) -> Iterator[Connection]:
+    with connect(f"ws://127.0.0.1:{server.port}/ws/transcribe?{query}", open_timeout=20, **options) as socket:
+        yield socket
+
+
+def refusal(server: Server, query: str = "", **options: Any) -> Response:
+    """The answer in place of a connection."""
+    with pytest.raises(InvalidStatus) as refused, open_live(server, query, **options):
+        pass
+    response: Response = refused.value.response
+    return response
 
 
 def send(socket: Connection, samples: NDArray[np.int16], form: str = "pcm16") -> None:
@@ -184,7 +195,7 @@ def test_audio_that_is_none(server: Server) -> None:
     with open_live(server, "format=webm") as socket:
         for _piece in range(50):
             socket.send(os.urandom(400))
-        found = list(messages(socket))
+        found = end(socket)
         assert socket.close_code == 1008
     assert found[-1]["error"]["code"] == "invalid_audio"
 
@@ -204,9 +215,7 @@ def test_audio_that_is_none(server: Server) -> None:
     ],
 )
 def test_what_is_wrong_is_told_before_it_begins(server: Server, query: str, param: str) -> None:
-    with pytest.raises(InvalidStatus) as refused:
-        open_live(server, query)
-    response = refused.value.response
+    response = refusal(server, query)
     assert response.status_code in (400, 404)
     assert json.loads(response.body or b"")["error"]["param"] == param
     assert "x-request-id" in response.headers
@@ -224,32 +233,31 @@ def test_a_client_that_was_cut_off_goes_on(serve: Serve) -> None:
     session, after, position = "", 0, 0
     for cut in [0.2, 0.5, 0.55, 0.8, 1.0]:
         query = f"session={session}&after={after}" if session else "language=en&partials=0.2"
-        socket = open_live(server, query)
-        hello = json.loads(socket.recv(timeout=10))
-        assert hello["resumed"] is bool(session)
-        session, position = hello["session"], hello["received"]
-        last = int(cut * len(data)) // 2 * 2
-        while position < last:
-            socket.send(data[position : min(last, position + 6400)])
-            position = min(last, position + 6400)
-            time.sleep(0.01)
-        if cut == 1.0:
-            found = end(socket)
-        else:
-            time.sleep(0.3)
-            found = []
-            while True:
-                try:
-                    found.append(json.loads(socket.recv(timeout=0.01)))
-                except TimeoutError:
-                    break
-            hang_up(socket)
+        with open_live(server, query) as socket:
+            hello = json.loads(socket.recv(timeout=10))
+            assert hello["resumed"] is bool(session)
+            session, position = hello["session"], hello["received"]
+            last = int(cut * len(data)) // 2 * 2
+            while position < last:
+                socket.send(data[position : min(last, position + 6400)])
+                position = min(last, position + 6400)
+                time.sleep(0.01)
+            if cut == 1.0:
+                found = end(socket)
+            else:
+                time.sleep(0.3)
+                found = []
+                while True:
+                    try:
+                        found.append(json.loads(socket.recv(timeout=0.01)))
+                    except TimeoutError:
+                        break
+                hang_up(socket)
         after = max([after, *(message["seq"] for message in found if "seq" in message)])
         finals += [message["text"] for message in of("final", found)]
     assert finals == ["Turn on the heater.", "Good morning.", TEXT]
     assert of("ended", found)[0]["seconds"] == pytest.approx(len(data) / 32000, abs=0.01)
-    with pytest.raises(InvalidStatus):
-        open_live(server, f"session={session}")
+    assert refusal(server, f"session={session}").status_code == 404
 
 
 def test_a_second_connection_takes_over(server: Server) -> None:
@@ -266,14 +274,13 @@ def test_a_second_connection_takes_over(server: Server) -> None:
 
 def test_who_does_not_come_back_is_given_up(serve: Serve) -> None:
     server = serve("--live-resume-seconds", "1")
-    socket = open_live(server)
-    session = json.loads(socket.recv(timeout=10))["session"]
-    hang_up(socket)
+    with open_live(server) as socket:
+        session = json.loads(socket.recv(timeout=10))["session"]
+        hang_up(socket)
     deadline = time.monotonic() + 10
     wait_for_no_session(server)
-    with pytest.raises(InvalidStatus) as refused:
-        open_live(server, f"session={session}")
-    assert refused.value.response.status_code == 404
+    response = refusal(server, f"session={session}")
+    assert response.status_code == 404
     # And the process that listened went with the last session.
     (pid,) = [int(line.split("pid=")[1].split()[0]) for line in server.lines if "ears_started" in line]
     while os.path.exists(f"/proc/{pid}"):
@@ -285,10 +292,9 @@ def test_too_many_sessions(serve: Serve) -> None:
     server = serve("--live-limit", "2")
     with open_live(server) as one, open_live(server) as two:
         assert json.loads(one.recv())["type"] == json.loads(two.recv())["type"] == "session"
-        with pytest.raises(InvalidStatus) as refused:
-            open_live(server)
-        assert refused.value.response.status_code == 429
-        assert "Retry-After" in refused.value.response.headers
+        response = refusal(server)
+        assert response.status_code == 429
+        assert "Retry-After" in response.headers
         end(one)
         with open_live(server):
             pass
@@ -433,27 +439,25 @@ def test_keys(serve: Serve, tmp_path: Any) -> None:
     (tmp_path / "keys").write_text(f"{line}:concurrent=1\n{other_line}\n")
     server = serve("--api-keys-file", str(tmp_path / "keys"))
     for headers in ({}, {"Authorization": "Bearer wrong"}):
-        with pytest.raises(InvalidStatus) as refused:
-            open_live(server, additional_headers=headers)
-        assert refused.value.response.status_code == 401
+        response = refusal(server, additional_headers=headers)
+        assert response.status_code == 401
     offered = [Subprotocol("voicegate"), Subprotocol(f"openai-insecure-api-key.{key}")]
     with open_live(server, subprotocols=offered) as socket:
         assert socket.subprotocol == "voicegate"
         session = json.loads(socket.recv())["session"]
-        with pytest.raises(InvalidStatus) as refused:  # its limit
-            open_live(server, additional_headers={"Authorization": f"Bearer {key}"})
-        assert refused.value.response.status_code == 429
-        with pytest.raises(InvalidStatus) as refused:  # another's session
-            open_live(server, f"session={session}", additional_headers={"Authorization": f"Bearer {other}"})
-        assert refused.value.response.status_code == 404
+        response = refusal(server, additional_headers={"Authorization": f"Bearer {key}"})  # its limit
+        assert response.status_code == 429
+        response = refusal(
+            server, f"session={session}", additional_headers={"Authorization": f"Bearer {other}"}
+        )  # another's session
+        assert response.status_code == 404
     assert key not in server.log
 
 
 def test_pages_of_other_sites(serve: Serve) -> None:
     server = serve("--cors-origins", "https://mine.example")
-    with pytest.raises(InvalidStatus) as refused:
-        open_live(server, origin="https://evil.example")
-    assert refused.value.response.status_code == 403
+    response = refusal(server, origin="https://evil.example")
+    assert response.status_code == 403
     for origin in ("https://mine.example", f"http://127.0.0.1:{server.port}"):
         with open_live(server, origin=origin) as socket:
             assert json.loads(socket.recv())["type"] == "session"
