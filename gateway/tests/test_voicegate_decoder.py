@@ -179,7 +179,7 @@ def test_one_that_hangs_is_ended(decoder: Decoder) -> None:
 )
 def test_one_that_dies(decoder: Decoder, number: int, code: str) -> None:
     ours, theirs = os.pipe()
-    [process] = eventually(lambda: children(os.getpid()))
+    process = decoder._process.pid
     threading.Thread(target=lambda: os.kill(eventually(lambda: children(process))[0], number)).start()
     with os.fdopen(ours, "rb") as source, pytest.raises(ApiError) as caught:
         decoder.decode(source, lambda: False)
@@ -187,14 +187,14 @@ def test_one_that_dies(decoder: Decoder, number: int, code: str) -> None:
     assert (caught.value.status, caught.value.code) == (400, code)
     # Whoever comes next has the same process, and a child of its own.
     assert decoded(decoder, CLIP.read_bytes()).size
-    assert children(os.getpid()) == [process]
+    assert decoder._process.pid == process
 
 
 def test_the_process_itself_dies(decoder: Decoder) -> None:
-    before = children(os.getpid())
-    os.kill(before[0], signal.SIGKILL)
+    before = decoder._process.pid
+    os.kill(before, signal.SIGKILL)
     assert decoded(decoder, CLIP.read_bytes()).size
-    assert children(os.getpid()) != before
+    assert decoder._process.pid != before
 
 
 def test_cancelled(decoder: Decoder) -> None:
@@ -218,7 +218,7 @@ def test_many_at_once(decoder: Decoder) -> None:
     for thread in threads:
         thread.join()
     assert same == [True] * 20
-    [process] = children(os.getpid())
+    process = decoder._process.pid
     deadline = time.monotonic() + 10
     while children(process):  # none is left, as a zombie either
         assert time.monotonic() < deadline
