@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import nvml_standin
 import openai
 import pytest
+from standins import OllamaStandIn
 from voicegate_support import MODEL, Server
 
 
@@ -43,3 +46,17 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not nvml_standin.has_compiler():
+        pytest.skip(nvml_standin.NO_COMPILER)
+    return nvml_standin.build(tmp_path_factory.mktemp("nvml")).parent
+
+
+@pytest.fixture
+def ollama(tmp_path: Path) -> Iterator[OllamaStandIn]:
+    stand_in = OllamaStandIn(tmp_path)
+    yield stand_in
+    stand_in.close()

@@ -9,8 +9,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,14 +16,7 @@ from pathlib import Path
 
 import pytest
 from voicegate.settings import SECRETS, Settings
-from voicegate_support import CLIPS, MODEL, MODEL_EN, Server, environment
-
-
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "voicegate", *arguments],
-        env=environment(env), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+from voicegate_support import CLIPS, MODEL, MODEL_EN, Server, run
 
 
 def test_wrong_settings_are_refused_at_once() -> None:
@@ -121,6 +112,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     repository = "someone/demo-whisper"
+    folder = MODEL_EN
+    token = ""  # that gives access to its files, where it is gated
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -136,7 +129,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        names = sorted(item.name for item in MODEL_EN.iterdir())
+        names = sorted(item.name for item in self.folder.iterdir())
         if re.fullmatch(rf"/api/models/{self.repository}(/revision/\w+)?", path):
             body = {
                 "id": self.repository,
@@ -146,12 +139,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         elif path.startswith(f"/api/models/{self.repository}/tree/"):
             tree = [
-                {"type": "file", "path": name, "oid": "0" * 40, "size": (MODEL_EN / name).stat().st_size}
+                {"type": "file", "path": name, "oid": "0" * 40, "size": (self.folder / name).stat().st_size}
                 for name in names
             ]
             self._answer(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
         elif (match := re.fullmatch(rf"/{self.repository}/resolve/\w+/([\w.]+)", path)) and match[1] in names:
-            content = (MODEL_EN / match[1]).read_bytes()
+            if self.token and self.headers["authorization"] != f"Bearer {self.token}":
+                self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+                return
+            content = (self.folder / match[1]).read_bytes()
             headers = {"X-Repo-Commit": REVISION, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
             self._answer(200, content, headers)
         else:
@@ -169,13 +165,39 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
+def test_fetch_of_a_gated_pipeline(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.yaml").write_text("pipeline: {}")
+    (tmp_path / "token").write_text("hf_good\n")
+    monkeypatch.setattr(Hub, "folder", tmp_path / "model")
+    monkeypatch.setattr(Hub, "token", "hf_good")
+    fetch = ("fetch", "--diarization-model", Hub.repository)
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub}
+    for more in ({}, {"HF_TOKEN": "hf_bad"}):
+        refused = run(*fetch, env=env | more)
+        assert refused.returncode == 5
+        for part in (f"accept them at {hub}/{Hub.repository}", f"{hub}/settings/tokens", "--hf-token-file"):
+            assert part in refused.stderr
+        assert "Traceback" not in refused.stderr
+    done = run(*fetch, "--hf-token-file", str(tmp_path / "token"), env=env)
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "config.yaml").read_text() == "pipeline: {}"
+    assert run(*fetch, env=env | {"HF_TOKEN": "hf_good"}).returncode == 0
+    assert run(*fetch, "--hf-token-file", str(tmp_path / "none"), env=env).returncode == 2
+    assert run("fetch", "--diarization-model", "none").returncode == 2
+
+
 def test_fetch_and_serve_by_hub_id(hub: str, tmp_path: Path, serve: Callable[..., Server]) -> None:
     env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub}
     result = run("fetch", "--model", Hub.repository, "--revision", REVISION, env=env)
     assert result.returncode == 0, result.stderr
     assert (Path(result.stdout.strip()) / "model.bin").read_bytes() == (MODEL_EN / "model.bin").read_bytes()
     # The hub is not needed any more.
-    server = serve("--model", Hub.repository, "--revision", REVISION, env={"HF_HOME": str(tmp_path)})
+    server = serve(
+        "--model", Hub.repository, "--revision", REVISION,
+        "--live-model", Hub.repository, "--live-revision", REVISION,
+        env={"HF_HOME": str(tmp_path)},
+    )  # fmt: skip
     client = server.client()
     [model] = client.models.list().data
     assert (model.id, model.owned_by) == (Hub.repository, "someone")

@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from voicegate_support import CLIPS, MODEL, ROOT, Server, environment, long_audio
+from voicegate_support import (
+    CLIPS,
+    MODEL,
+    PYANNOTE_STANDIN,
+    ROOT,
+    Server,
+    conversation,
+    environment,
+    long_audio,
+)
 
 PAGE = ROOT / "docs" / "speech-api.md"
 ADDRESS = "localhost:8000"
@@ -77,9 +86,11 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Everything that has to be switched on is."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "secret").write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
+    (folder / "config.yaml").write_text("{}")
     server = Server(
         "--model", str(MODEL), "--data-dir", str(folder / "data"),
         "--webhook-secret-file", str(folder / "secret"),
+        "--diarization", "pyannote", "--diarization-model", str(folder), env=PYANNOTE_STANDIN,
     )  # fmt: skip
     try:
         server.wait_ready()
@@ -92,6 +103,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def workplace(tmp_path: Path) -> Path:
     """A folder with what the commands need: recordings, and a curl that fails where the server refuses."""
     shutil.copy(CLIPS / "D009.wav", tmp_path / "speech.wav")
+    (tmp_path / "meeting.wav").write_bytes(conversation())
     (tmp_path / "long.wav").write_bytes(long_audio(60))
     (tmp_path / ".curlrc").write_text("fail-with-body\nmax-time = 30\nsilent\nshow-error\n")
     return tmp_path

@@ -1,31 +1,28 @@
 """Peace on the card: decisions as a table and as properties, and the whole over stand-ins.
 
-Stand-ins: the card (tests/support/nvml) and Ollama's memory (`OllamaStandIn` here): there is no GPU to fill.
+Stand-ins: the card (tests/support/nvml) and Ollama's memory (`OllamaStandIn`): there is no GPU to fill.
 """
 
 from __future__ import annotations
 
 import asyncio
 import datetime
-import json
 import math
-import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import nvml_standin
 import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from standins import OllamaStandIn
 from voicegate import card, peace
 from voicegate.fallback import Fallback, fallbacks
 from voicegate.ollama import Loaded, Ollama, OllamaError, read_loaded
@@ -166,121 +163,6 @@ def test_what_ollama_says_is_read() -> None:
 
 
 # -- the whole, with stand-ins for the card and for Ollama's memory
-
-
-class OllamaStandIn:
-    """Ollama's API as far as memory goes, on a card whose numbers it writes for the NVML stand-in."""
-
-    TOTAL = 12_000
-
-    def __init__(self, folder: Path) -> None:
-        self.cards = folder / "cards.txt"
-        self.models: dict[str, dict[str, Any]] = {}
-        self.sizes: dict[str, int] = {}
-        self.log: list[str] = []
-        self.embedders: set[str] = set()
-        self.speech: Callable[[], int] = lambda: 0  # MiB the speech model holds
-        self._lock = threading.RLock()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with owner._lock:
-                    listed = [owner._shown(name) for name in owner.models]
-                self._answer({"models": listed})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if body["model"] in owner.embedders and self.path != "/api/embed" and body["keep_alive"]:
-                    self._answer({"error": "does not support generate"}, 400)
-                    return
-                if body["keep_alive"] == 0:
-                    owner.let_go(body["model"])
-                else:
-                    owner.load(body["model"], keep=float(body["keep_alive"]))
-                self._answer({"done": True})
-
-            def _answer(self, body: Any, status: int = 200) -> None:
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        self._write()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def load(self, name: str, size: int = 0, keep: float = 300.0, busy: bool = False) -> None:
-        """What does not fit beside the rest goes to the CPU."""
-        with self._lock:
-            self.sizes[name] = size or self.sizes[name]
-            self.log.append(f"load {name}")
-            free = self.TOTAL - self.used
-            vram = min(free, self.sizes[name])
-            self.models[name] = {
-                "vram": vram,
-                "until": time.time() + keep if keep >= 0 else 1e10,
-                "busy": busy,
-            }
-            self._write()
-
-    def let_go(self, name: str) -> None:
-        with self._lock:
-            self.log.append(f"unload {name}")
-            found = self.models.get(name)
-            if found is None:
-                return
-            found["until"] = time.time()
-            if not found["busy"]:
-                del self.models[name]
-            self._write()
-
-    def finish(self, name: str) -> None:
-        with self._lock:
-            found = self.models[name]
-            found["busy"] = False
-            if found["until"] <= time.time():
-                del self.models[name]
-            self._write()
-
-    @property
-    def used(self) -> int:
-        return self.speech() + sum(int(one["vram"]) for one in self.models.values())
-
-    def _shown(self, name: str) -> dict[str, Any]:
-        found = self.models[name]
-        until = datetime.datetime.fromtimestamp(min(found["until"], 9e9), datetime.UTC)
-        mib = 1024 * 1024
-        return {"name": name, "digest": "", "size": self.sizes[name] * mib, "size_vram": found["vram"] * mib,
-                "expires_at": until.isoformat()}  # fmt: skip
-
-    def _write(self) -> None:
-        text = nvml_standin.DRIVER + nvml_standin.card(memory=f"{self.TOTAL} 0 {self.used}")
-        fresh = self.cards.with_suffix(".new")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.cards)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not nvml_standin.has_compiler():
-        pytest.skip(nvml_standin.NO_COMPILER)
-    return nvml_standin.build(tmp_path_factory.mktemp("nvml")).parent
-
-
-@pytest.fixture
-def ollama(tmp_path: Path) -> Iterator[OllamaStandIn]:
-    stand_in = OllamaStandIn(tmp_path)
-    yield stand_in
-    stand_in.close()
 
 
 @pytest.fixture
@@ -431,15 +313,16 @@ def test_a_hundred_mixed_requests_lose_nothing(shared: Callable[..., Server], ol
 class Quiet:
     def __init__(self) -> None:
         self.loaded, self.log = True, list[str]()
+        self.busy = self.stays = False
 
     def idle(self) -> bool:
-        return True
+        return not self.busy
 
-    def on_card(self) -> bool:
+    async def on_card(self) -> bool:
         return self.loaded
 
     async def unload(self) -> None:
-        self.loaded = False
+        self.loaded = self.stays
         self.log.append("unload")
 
     async def start(self) -> None:
@@ -465,7 +348,10 @@ def test_what_went_comes_back_when_asked(ollama: OllamaStandIn) -> None:
         tenant = Quiet()
         await it.look(tenant)
         assert "llm" not in ollama.models  # the speech model is still there
-        tenant.loaded = False
+        tenant.loaded, tenant.busy = False, True
+        await it.look(tenant)
+        assert "llm" not in ollama.models  # it is about to be
+        tenant.busy = False
         await it.look(tenant)
         assert 500 < ollama.models["llm"]["until"] - time.time() <= 600
         await it.look(tenant)
@@ -485,6 +371,37 @@ def test_what_cannot_fit_is_not_tried_again_and_again(ollama: OllamaStandIn) -> 
             await it.look(tenant)
         assert ollama.log == ["load huge"]
         assert tenant.log == []
+        await it.stop()
+
+    asyncio.run(run())
+
+
+def test_what_a_request_came_before_is_mended_later(ollama: OllamaStandIn) -> None:
+    async def run() -> None:
+        ollama.speech = lambda: NEED
+        ollama.load("llm", 11_000)
+        it = make(ollama.url, lambda: ollama.TOTAL - ollama.used)
+        tenant = Quiet()
+        tenant.stays = True  # a request between the look and the unloading
+        await it.look(tenant)
+        assert (ollama.log, tenant.log) == (["load llm"], ["unload"])
+        tenant.stays, ollama.speech = False, lambda: NEED if tenant.loaded else 0
+        await it.look(tenant)
+        assert ollama.log == ["load llm", "unload llm", "load llm"]
+        assert it.repairs["llm"] == 1
+        await it.stop()
+
+    asyncio.run(run())
+
+
+def test_what_an_engine_keeps_is_not_room(ollama: OllamaStandIn) -> None:
+    async def run() -> None:
+        ollama.speech = lambda: NEED
+        ollama.load("llm", ollama.TOTAL - 400)  # fits without the engine, and not beside what it keeps
+        it = make(ollama.url, lambda: ollama.TOTAL - ollama.used, vram_kept_mib=500)
+        tenant = Quiet()
+        await it.look(tenant)
+        assert (ollama.log, tenant.log) == (["load llm"], [])
         await it.stop()
 
     asyncio.run(run())

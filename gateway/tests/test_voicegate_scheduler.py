@@ -6,12 +6,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from voicegate.engine import Rank
-from voicegate.worker import DUE, OPEN, Candidate, Job, Worker, choose
+from voicegate.errors import ApiError
+from voicegate.worker import DUE, OPEN, Candidate, Job, OneStep, Worker, choose
 from voicegate_support import CLIPS, Server, long_audio
 
 TEXT = "Turn up the volume."
@@ -146,6 +148,141 @@ def test_a_stored_file_moves_on_under_load() -> None:
     taken, _worker = run([(Rank.JOB, "a", 2, 1.0), (Rank.INTERACTIVE, "b", steps, 1.0)])
     assert 0 in taken[: int(DUE[Rank.JOB]) + 2]
     assert taken[0] == 1
+
+
+class Elsewhere:
+    """An engine that takes several at once: each one goes on until it is let go."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.inside: list[str] = []
+        self.most = 0
+        self._ends: dict[str, asyncio.Event] = {}
+
+    def submit(self, name: str, rank: Rank, client: str = "") -> Job[str]:
+        ended = self._ends[name] = asyncio.Event()
+
+        async def work() -> None:
+            self.inside.append(name)
+            self.most = max(self.most, len(self.inside))
+            await ended.wait()
+            self.inside.remove(name)
+            job.emit(name)
+
+        job: Job[str] = self.worker.submit(lambda _job: OneStep(work), rank, client)
+        return job
+
+    async def let_go(self, name: str) -> None:
+        self._ends[name].set()
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+def test_several_at_once_by_rank_and_fairness() -> None:
+    async def scenario() -> None:
+        clock = Clock()
+        it = Elsewhere(Worker(20, clock, parallel=2))
+        for name, rank, client in (
+            ("a1", Rank.INTERACTIVE, "a"), ("a2", Rank.INTERACTIVE, "a"), ("stored", Rank.JOB, "a"),
+            ("a3", Rank.INTERACTIVE, "a"), ("b1", Rank.INTERACTIVE, "b"),
+        ):  # fmt: skip
+            it.submit(name, rank, client)
+        await it.settle()
+        assert it.inside == ["a1", "a2"]
+        assert (it.worker.running, it.worker.waiting) == (2, 2)
+        clock.now = 1.0  # what runs counts already: it is the other client's turn
+        await it.let_go("a1")
+        assert it.inside == ["a2", "b1"]
+        await it.let_go("b1")
+        assert it.inside == ["a2", "a3"]
+        live = it.submit("live", Rank.LIVE)
+        await it.settle()
+        assert it.inside == ["a2", "a3"]  # none beyond, where it is not wanted
+        await it.let_go("a3")
+        assert it.inside == ["a2", "live"]
+        await it.let_go("live")
+        assert await live.next() == "live"
+        assert it.inside == ["a2", "stored"]
+        for name in ("a2", "stored"):
+            await it.let_go(name)
+        assert (it.worker.running, it.worker.waiting, it.most) == (0, 0, 2)
+        await it.worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_live_speech_goes_one_beyond_files() -> None:
+    async def scenario() -> None:
+        it = Elsewhere(Worker(20, Clock(), live_beyond=True))
+        for name, rank in (
+            ("file", Rank.JOB),
+            ("other", Rank.INTERACTIVE),
+            ("one", Rank.LIVE),
+            ("two", Rank.LIVE),
+        ):
+            it.submit(name, rank, name)
+            await it.settle()
+        assert it.inside == ["file", "one"]
+        assert it.worker.waiting == 1
+        await it.let_go("one")
+        assert it.inside == ["file", "two"]
+        await it.let_go("file")
+        assert it.inside == ["two"]  # what is beyond takes the room when that is free
+        await it.let_go("two")
+        assert it.inside == ["other"]
+        await it.let_go("other")
+        assert it.most == 2
+        await it.worker.close()
+
+    asyncio.run(scenario())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    parallel=st.integers(1, 4), live_beyond=st.booleans(), seed=st.randoms(use_true_random=False),
+    ranks=st.lists(st.sampled_from([Rank.LIVE, Rank.INTERACTIVE, Rank.JOB]), min_size=1, max_size=14),
+    cancelled=st.sets(st.integers(0, 13), max_size=3),
+)  # fmt: skip
+def test_never_more_at_once_and_nothing_lost(
+    parallel: int, live_beyond: bool, seed: Random, ranks: list[Rank], cancelled: set[int]
+) -> None:
+    async def scenario() -> None:
+        it = Elsewhere(Worker(len(ranks), Clock(), parallel=parallel, live_beyond=live_beyond))
+        jobs = {str(n): it.submit(str(n), rank, str(n % 3)) for n, rank in enumerate(ranks)}
+        dropped = {str(n) for n in cancelled} & set(jobs)
+        for name in dropped:
+            it.worker.cancel(jobs[name])
+        await it.settle()
+        while it.inside:
+            live = sum(ranks[int(name)] == Rank.LIVE for name in it.inside)
+            beyond = int(live_beyond and 0 < live < len(it.inside))
+            assert len(it.inside) <= parallel + beyond
+            await it.let_go(seed.choice(it.inside))
+        for name in set(jobs) - dropped:
+            assert await asyncio.wait_for(jobs[name].next(), 5) == name
+        assert (it.worker.running, it.worker.waiting) == (0, 0)
+        await it.worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_closing_ends_what_runs_and_refuses_the_rest() -> None:
+    async def scenario() -> None:
+        it = Elsewhere(Worker(20, Clock(), parallel=2))
+        jobs = [it.submit(name, Rank.INTERACTIVE, name) for name in "abc"]
+        await it.settle()
+        closing = asyncio.create_task(it.worker.close())
+        for name in "ab":
+            await it.let_go(name)
+        await asyncio.wait_for(closing, 5)
+        assert [await job.next() for job in jobs[:2]] == ["a", "b"]
+        with pytest.raises(ApiError):
+            await jobs[2].next()
+
+    asyncio.run(scenario())
 
 
 def test_open_is_bounded() -> None:

@@ -162,7 +162,7 @@ def test_a_bomb_harms_its_own_request_only(serve: Serve) -> None:
 
 def test_decoding_ends_in_time() -> None:
     with pytest.raises(ApiError) as caught:
-        audio.decode(io.BytesIO(CLIP.read_bytes()), timeout=0)
+        audio.decode(io.BytesIO(CLIP.read_bytes()), io.BytesIO(), timeout=0)
     assert caught.value.code == "decode_timeout"
 
 
@@ -172,7 +172,7 @@ def test_absurd_shapes_are_refused(place: int, value: int) -> None:
     size = 4 if place == 24 else 2  # of a WAV header: rate, channels
     content[place : place + size] = value.to_bytes(size, "little")
     with pytest.raises(ApiError) as caught:
-        audio.decode(io.BytesIO(bytes(content)))
+        audio.decode(io.BytesIO(bytes(content)), io.BytesIO())
     assert caught.value.code == "invalid_audio"
 
 

@@ -239,21 +239,13 @@ def test_log_lines() -> None:
 )
 def test_no_audio(content: bytes) -> None:
     with pytest.raises(ApiError, match="could not be read as audio") as caught:
-        audio.decode(io.BytesIO(content))
+        audio.decode(io.BytesIO(content), io.BytesIO())
     assert caught.value.status == 400
 
 
 def test_too_long_audio() -> None:
     with pytest.raises(ApiError, match="longer than this server takes"):
-        audio.decode(io.BytesIO((CLIPS / "D009.wav").read_bytes()), max_seconds=1)
-
-
-def test_same_samples_as_faster_whisper() -> None:
-    import numpy as np
-    from faster_whisper.audio import decode_audio
-
-    content = (CLIPS / "D009.wav").read_bytes()
-    assert np.array_equal(audio.decode(io.BytesIO(content)), decode_audio(io.BytesIO(content)))
+        audio.decode(io.BytesIO((CLIPS / "D009.wav").read_bytes()), io.BytesIO(), max_seconds=1)
 
 
 # -- forms

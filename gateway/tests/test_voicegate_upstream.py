@@ -39,6 +39,7 @@ class Broken:
     def __init__(self) -> None:
         self.status, self.body, self.headers = 200, b"{}", dict[str, str]()
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
+        self.gate: threading.Semaphore | None = None  # one release for each answer
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,6 +49,8 @@ class Broken:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 owner.asked.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                if owner.gate is not None:
+                    owner.gate.acquire(timeout=20)
                 self._answer(owner.status, owner.body, owner.headers)
 
             def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -264,6 +267,26 @@ def test_other_models_of_the_engine(serve: Serve, broken: Broken, front: Server)
     with pytest.raises(openai.NotFoundError) as caught:
         ask(front, model="another/model")
     assert caught.value.code == "model_not_found"
+
+
+def test_several_at_once_to_an_engine_that_takes_them(serve: Serve, broken: Broken) -> None:
+    broken.body = json.dumps({"text": "x"}).encode()
+    broken.gate = threading.Semaphore(0)
+    front = serve("--upstream", broken.url, "--upstream-parallel", "3")
+    texts: list[str] = []
+    threads = [threading.Thread(target=lambda: texts.append(ask(front).text)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    front.wait_health(lambda body: (body["queue"]["running"], body["queue"]["waiting"]) == (3, 2))
+    deadline = time.monotonic() + 10
+    while len(broken.asked) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(broken.asked) == 3
+    broken.gate.release(5)
+    for thread in threads:
+        thread.join(20)
+    assert texts == ["x"] * 5
 
 
 def test_words_find_their_segments() -> None:

@@ -33,12 +33,26 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo" / "whisper-demo"
 MODEL_EN = ROOT / "demo" / "whisper-demo-en"
 CLIPS = ROOT / "demo" / "clips"
+# What a server's environment needs to find the stand-in for pyannote.audio.
+PYANNOTE_STANDIN = {
+    "PYTHONPATH": os.pathsep.join(
+        str(ROOT / "gateway" / part) for part in ("src", "tests", "tests/pyannote_standin")
+    )
+}
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
     """For a voicegate of this checkout, without settings of whoever runs the tests."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("VOICEGATE_")}
     return clean | {"PYTHONPATH": str(ROOT / "gateway" / "src")} | (more or {})
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A command of voicegate, to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "voicegate", *arguments],
+        env=environment(env), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,3 +274,17 @@ def encoded(samples: NDArray[np.int16], form: str) -> list[bytes]:
             output.mux(stream.encode(frame))
     data = file.getvalue()
     return [data[first : first + 200] for first in range(0, len(data), 200)]
+
+
+def conversation() -> bytes:
+    """Two speakers, of whom the second is not as loud, as a WAV file."""
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        for name, volume in (("D009", 1.0), ("D026", 0.3), ("D030", 1.0)):
+            with wave.open(str(CLIPS / f"{name}.wav")) as clip:
+                samples = np.frombuffer(clip.readframes(clip.getnframes()), np.int16).astype(np.float32)
+            peak = np.abs(samples).max()
+            file.writeframes((samples / peak * 32000 * volume).astype(np.int16).tobytes())
+            file.writeframes(b"\0" * 2 * 40000)
+    return target.getvalue()

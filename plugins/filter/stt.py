@@ -21,7 +21,9 @@ _GATEWAY_SETTING = re.compile(r"^    (\w+): (?:str|int|bool) = _setting\(", re.M
 GATEWAY_ROLES_OWN = frozenset(
     ("host", "port", "model", "revision", "device", "compute_type", "language", "ttl", "api_key_file",
      "upstream", "upstream_model", "upstream_api_key_file", "wyoming_port", "data_dir", "webhook_secret_file",
-     "vram_policy", "vram_need_mib", "vram_fallback", "ollama_url", "ollama_pinned", "ollama_reload")
+     "diarization", "diarization_model",
+     "vram_policy", "vram_need_mib", "vram_kept_mib", "vram_fallback", "ollama_url", "ollama_pinned",
+     "ollama_reload")
 )  # fmt: skip
 
 
@@ -40,6 +42,13 @@ def stt_problems_of_hosts(hosts: Iterable[str], hostvars: Mapping[str, Any]) -> 
             f"{host}: {problem}" for problem in stt_problems(asked, str(variables.get("inventory_dir") or ""))
         ]
     return found
+
+
+def _choice(model: str, base: str) -> _stt.Choice:
+    try:
+        return _stt.resolve_model(model, base)
+    except _stt.SttError:
+        return _stt.Choice(asked=model, name="")  # already among the problems
 
 
 def _model_digest(path: str, problems: list[str], name: str) -> str:
@@ -73,9 +82,15 @@ def _ctranslate2(root: Path, request: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _gateway_problems(root: Path, settings: Mapping[str, Any], port: Any) -> list[str]:
+def _gateway_problems(root: Path, request: Mapping[str, Any]) -> list[str]:
     """What is wrong with the voice_gateway_* variables; the names are those in voicegate's own table."""
+    settings, port = request["gateway"], request["port"]
     found = []
+    if settings.get("diarization") and request["engine"] == "builtin":
+        found.append(
+            "voice_gateway_diarization: only the engine speaches tells speakers apart; set "
+            "stt_server_engine: speaches, or voice_gateway_diarization: false."
+        )
     if str(settings["engine_port"]) == str(port):
         found.append(
             f"voice_gateway_engine_port: {port} is the gateway's (stt_server_port); give the engine another."
@@ -84,8 +99,9 @@ def _gateway_problems(root: Path, settings: Mapping[str, Any], port: Any) -> lis
     known = re.findall(
         r"^    (\w+): (?:str|int|bool) = _setting\(", table.read_text(encoding="utf-8"), re.MULTILINE
     )
+    own = GATEWAY_ROLES_OWN.union(_stt_plan.LIVE_SETTINGS if request["engine"] == "builtin" else ())
     for name in settings["settings"]:
-        if name in GATEWAY_ROLES_OWN:
+        if name in own:
             found.append(
                 f"voice_gateway_settings: '{name}' follows from a variable of stt_server or voice_gateway."
             )
@@ -108,16 +124,19 @@ def stt_request(settings: Mapping[str, Any], gateway: str, base: str = "") -> di
     settings = request.copy()
     problems = _stt.problems({f"stt_server_{name}": value for name, value in settings.items()}, base)
     if request.get("gateway"):
-        problems += _gateway_problems(Path(gateway), request["gateway"], request["port"])
-    try:
-        choice = _stt.resolve_model(str(settings["model"]), base)
-    except _stt.SttError:
-        choice = _stt.Choice(asked=str(settings["model"]), name="")  # already among the problems
+        problems += _gateway_problems(Path(gateway), request)
+    choice = _choice(str(settings["model"]), base)
+    live = str(settings.get("live_model") or "")
+    live_choice = _choice(live, base) if live else None
     if request.get("tts_model"):
         # The built-in engine does not speak, and Open WebUI is told beforehand that somebody does.
         request["engine_fallback"] = ""
     request["model"] = asdict(choice)
     request["model_digest"] = _model_digest(choice.path, problems, "stt_server_model")
+    request["live_model"] = asdict(live_choice) if live_choice else {}
+    request["live_model_digest"] = _model_digest(
+        live_choice.path if live_choice else "", problems, "stt_server_live_model"
+    )
     fallback = _expand(str(settings.get("fallback_model") or ""), base)
     request["fallback_path"] = fallback
     request["fallback_digest"] = _model_digest(fallback, problems, "stt_server_fallback_model")

@@ -129,6 +129,7 @@ def vram_plan_turns(
         return {
             "vram_policy": settings["vram_policy"],
             "vram_need_mib": settings["speech_need_mib"],
+            "vram_kept_mib": settings["speech_kept_mib"],
             "vram_fallback": ",".join(
                 f"{name}={smaller[name]}" if smaller[name] else name for name in fallback
             ),

@@ -50,19 +50,25 @@ class RegistryUnreachable(OllamaError):
 # --- decisions -------------------------------------------------------------------------------------------
 
 
-def stt_peak_mib(model: str, quantization: str, engine: str = "speaches") -> int:
-    """VRAM that a speech-to-text engine takes at most, with the formula's error; unknown models count as the
-    largest, `auto` as the largest that it can choose.
-    """
+def _known_whisper(model: str) -> str:
+    """The name in the planner's table; the largest for what is not known."""
     try:
         name = _stt.resolve_model(model).name
         if name not in footprint.WHISPER:  # somebody's copy of a known model
             name = _stt.resolve_model(model.rsplit("/", 1)[-1]).name
     except _stt.SttError:
         name = ""
+    return name if name in footprint.WHISPER else "large-v3"
+
+
+def stt_peak_mib(model: str, quantization: str, engine: str = "speaches", live_model: str = "") -> int:
+    """VRAM that a speech-to-text engine takes at most, with the formula's error; unknown models count as the
+    largest, `auto` as the largest that it can choose.
+    """
     batch = footprint.windows(float("inf"), engine)
-    known = name if name in footprint.WHISPER else "large-v3"
-    return footprint.stt(known, "float16" if quantization == "auto" else quantization, batch).high
+    kind = "float16" if quantization == "auto" else quantization
+    live = _known_whisper(live_model) if live_model and engine == "builtin" else ""
+    return footprint.stt(_known_whisper(model), kind, batch, live).high
 
 
 def fit_target_mib(
@@ -74,6 +80,7 @@ def fit_target_mib(
     stt_device: str,
     stt_engine: str = "speaches",
     planned: int = 0,
+    stt_live_model: str = "",
 ) -> int:
     """MiB that llama-server leaves free on each device; 0 where there is no device. `planned` is what the
     VRAM plan of a card of known size says.
@@ -84,7 +91,7 @@ def fit_target_mib(
         return asked or planned
     if "stt_server" not in roles or stt_device == "cpu":
         return FIT_TARGET_ALONE
-    return FIT_TARGET_ALONE + stt_peak_mib(stt_model, stt_quantization, stt_engine)
+    return FIT_TARGET_ALONE + stt_peak_mib(stt_model, stt_quantization, stt_engine, stt_live_model)
 
 
 def server_address(host: str) -> tuple[str, int]:
@@ -200,6 +207,7 @@ def plan(
         str(machine["stt_device"]),
         str(machine["stt_engine"]),
         int(machine["planned_fit_target_mib"]),
+        str(machine["stt_live_model"]),
     )
     environment: dict[str, str] = {
         "HOME": STATE,

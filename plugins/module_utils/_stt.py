@@ -170,6 +170,18 @@ def known_names() -> list[str]:
     return [*MODELS, *ALIASES]
 
 
+def check_live_model(model: str, engine: str, base: str = "") -> None:
+    """Raise SttError where a live model (nothing: none) cannot be had."""
+    if not model:
+        return
+    resolve_model(model, base)
+    if engine != "builtin":
+        raise SttError(
+            f"only the engine builtin has a second model for live speech, and stt_server_engine is {engine}. "
+            "Set stt_server_engine: builtin, or stt_server_live_model to nothing."
+        )
+
+
 def check_quantization(quantization: str) -> str:
     """Return the quantization, or raise with the list."""
     if quantization in QUANTIZATIONS:
@@ -227,6 +239,10 @@ def problems(variables: Mapping[str, Any], base: str = "") -> list[str]:
 
     if value("model", DEFAULT_MODEL) != AUTO:
         attempt("stt_server_model", lambda: resolve_model(value("model", DEFAULT_MODEL), base))
+    attempt(
+        "stt_server_live_model",
+        lambda: check_live_model(value("live_model", ""), value("engine", "speaches"), base),
+    )
     attempt("stt_server_quantization", lambda: check_quantization(value("quantization", "float16")))
     for name, known, default in (
         ("engine", ENGINES, "speaches"),

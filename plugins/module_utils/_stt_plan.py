@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.sottovoce.stack.plugins.module_utils import _gpu_capability, _stt
+from ansible_collections.sottovoce.stack.plugins.module_utils._vram_plan import TURNS
 
 ROOTS = {"builtin": "/opt/voicegate", "speaches": "/opt/speaches"}
 STATES = {"builtin": "/var/lib/voicegate", "speaches": "/var/lib/speaches"}
@@ -18,6 +19,14 @@ CUDA_ENVIRONMENT = "/opt/stt-cuda"
 READY = "/usr/bin/python3 -I /opt/stt-ready.py --process=${MAINPID}"
 CUDA_PARTS = ("cublas", "cudnn", "cuda_nvrtc")
 SPEACHES_PYTHON = "3.12"
+# What Speaches needs to tell speakers apart, and the file of each that matters.
+DIARIZATION_MODELS: Mapping[str, str] = {
+    "fedirz/segmentation_community_1": "model.onnx",
+    "Wespeaker/wespeaker-voxceleb-resnet34-LM": "voxceleb_resnet34_LM.onnx",
+}
+# Settings of voicegate: the role's where the engine is in it. In front of another engine they name one of
+# that one's models.
+LIVE_SETTINGS = ("live_model", "live_revision")
 BUILTIN_START = "{}/venv/bin/python -m voicegate serve"
 
 
@@ -37,19 +46,21 @@ class Facts:
     has_python: Callable[[str], bool]
     running: Sequence[str] = ()  # units of ours that are enabled or running
     cards: Callable[[], Sequence[Mapping[str, Any]]] = tuple  # what the driver says of the cards here
+    in_cache: Callable[[str, str, str], bool] = lambda *_unused: False  # hub cache, id, file
+    hub_status: Callable[[str], int] = lambda _unused: 0  # HTTP status, with the token; 0: no answer
 
 
 def hub_cache(engine: str) -> str:
     return f"{STATES[engine]}/hf/hub"
 
 
-def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, Any]:
-    """Return where the model comes from and where it will be."""
-    choice = request["model"]
-    if choice["path"] and not request["model_digest"]:
+def _model(request: Mapping[str, Any], engine: str, facts: Facts, which: str = "model") -> dict[str, Any]:
+    """Return where `model` or `live_model` comes from and where it will be; the latter may be skipped."""
+    choice, digest = request[which], request[f"{which}_digest"]
+    if choice["path"] and not digest:
         if not facts.model_at(choice["path"]):
             raise _stt.SttError(
-                f"stt_server_model: there is no folder with a model.bin at {choice['path']}, "
+                f"stt_server_{which}: there is no folder with a model.bin at {choice['path']}, "
                 "neither on the controller nor on this machine."
             )
         if engine == "speaches":
@@ -59,7 +70,7 @@ def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, A
             )
         return {"name": choice["name"], "id": choice["name"], "argument": choice["path"]}
     if choice["path"]:
-        return _folder(choice["name"], choice["path"], request["model_digest"], engine)
+        return _folder(choice["name"], choice["path"], digest, engine)
     identifier = choice["listed"] if engine == "speaches" else choice["repository"]
     revision = choice["revision"] if engine == "builtin" else ""
     found = {
@@ -75,6 +86,13 @@ def _model(request: Mapping[str, Any], engine: str, facts: Facts) -> dict[str, A
     reason = f"the model hub cannot be reached ({reason})"
     if engine == "speaches":
         raise Unreachable(reason)
+    if which == "live_model":
+        return {
+            "skipped": {
+                "what": f"live model {choice['name']}",
+                "why": f"{reason}; live speech uses the main model",
+            },
+        }
     if not request["fallback_digest"]:
         raise _stt.SttError(
             f"The model {choice['name']} is not on this machine and {reason}. Connect the machine, or set "
@@ -102,6 +120,18 @@ def _folder(name: str, path: str, digest: str, engine: str) -> dict[str, Any]:
     # The folder's own name stays the last part: it is what /v1/models lists.
     dest = f"{ROOTS[engine]}/models/{digest[:12]}/{name}"
     return {"name": name, "id": name, "argument": dest, "src": path, "dest": dest, "digest": digest}
+
+
+def _live_model(
+    request: Mapping[str, Any], engine: str, facts: Facts, main: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Return the small model for live speech, nothing if there is none, and a note."""
+    if not request.get("live_model") or engine != "builtin":
+        return {}, ""
+    live = _model(request, engine, facts, "live_model")
+    if live.get("argument") != main["argument"]:
+        return live, ""
+    return {}, f"stt_server_live_model: {main['name']} is the main model too; it is loaded once"
 
 
 class Unreachable(Exception):
@@ -139,14 +169,22 @@ def make_plan(request: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
             plan |= _engine(request, engine, device, facts, cards)
         except Unreachable as second:
             raise _stt.SttError(f"{engine}: {second}.") from second
-    if "skipped" in plan["model"]:
-        skipped.append(plan["model"].pop("skipped"))
+    for model in (plan["model"], plan["live_model"]):
+        if "skipped" in model:
+            skipped.append(model.pop("skipped"))
     plan["notes"] = notes + plan["notes"]
     plan["skipped"] = skipped
     wanted = {plan["unit"]} if request["enabled"] else set()
     if request.get("gateway"):
         plan["gateway"] = _gateway(request, plan, facts)
         wanted |= {plan["gateway"]["unit"]} if request["enabled"] else set()
+        if request["gateway"].get("diarization") and request["enabled"]:
+            reason = _no_diarization(request, plan, facts)
+            if reason:
+                skipped.append({"what": "telling speakers apart", "why": reason})
+            else:
+                plan["gateway"]["environment"]["VOICEGATE_DIARIZATION"] = "upstream"
+                plan["gateway"]["diarization_models"] = list(DIARIZATION_MODELS)
     plan["stop"] = [
         unit for unit in sorted(_stt.UNITS.values()) if unit in facts.running and unit not in wanted
     ]
@@ -164,11 +202,22 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
     if settings["wyoming_port"]:
         environment["VOICEGATE_WYOMING_PORT"] = str(settings["wyoming_port"])
     if plan["engine"] == "builtin":
+        for name in LIVE_SETTINGS:  # after a fallback from the engine that they were written for
+            if environment.pop(f"VOICEGATE_{name.upper()}", ""):
+                plan["notes"].append(
+                    f"voice_gateway_settings: {name} is not for the engine builtin; left out"
+                )
         own = {name: plan[name] for name in ("release", "stamp", "install", "cuda", "exec_start", "url")}
-        return {**own, "unit": plan["unit"], "environment": {**plan["environment"], **environment}}
+        return {
+            **own,
+            "gpu": plan["device"] == "cuda",
+            "unit": plan["unit"],
+            "environment": {**plan["environment"], **environment},
+        }
     release = _builtin_release(request, facts)
     stamp = _stt.stamp("builtin", release["digest"], "", release["python"])
     host, port = str(request["host"]), str(request["port"])
+    turns = _turns(request, plan["engine"], plan["device"])
     environment = {
         "HF_HUB_OFFLINE": "1",
         "SOTTOVOCE_BUILD": stamp,
@@ -179,6 +228,7 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
         "VOICEGATE_UPSTREAM": plan["url"],
         "VOICEGATE_UPSTREAM_MODEL": plan["model"]["id"],
         **({"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}),
+        **({"VOICEGATE_TTL": str(request["ttl"]), **turns} if turns else {}),
         **environment,
     }
     return {
@@ -186,11 +236,55 @@ def _gateway(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) 
         "stamp": stamp,
         "install": facts.stamp_at(release["path"]) != stamp,
         "cuda": False,
+        "gpu": bool(turns),  # to read how much of the card is free
         "unit": _stt.UNITS["builtin"],
         "environment": environment,
         "exec_start": BUILTIN_START.format(release["path"]),
         "url": f"http://{_local(host)}:{port}",
     }
+
+
+def _turns(request: Mapping[str, Any], engine: str, device: str) -> dict[str, str]:
+    """Return what voicegate is told of who may be on the card; empty where it does not decide that."""
+    turns = request.get("turns") or {}
+    if device != "cuda":
+        return {}
+    if engine == "builtin":
+        leave = "vram_kept_mib"  # its process ends
+    elif request.get("gateway") and turns.get("vram_policy") in TURNS:
+        leave = "vram_fallback"  # Speaches computes as it was started
+    else:
+        return {}
+    return {
+        f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value and name != leave
+    }
+
+
+def _no_diarization(request: Mapping[str, Any], plan: Mapping[str, Any], facts: Facts) -> str:
+    """Return why Speaches cannot tell speakers apart now, or nothing; SttError where you can help."""
+    if plan["engine"] != "speaches":
+        return f"the engine {plan['engine']} cannot"
+    hub = request["hub_url"].rstrip("/")
+    for model, file in DIARIZATION_MODELS.items():
+        if facts.in_cache(hub_cache("speaches"), model, file):
+            continue
+        reason = facts.unreachable(request["hub_url"])
+        status = 0 if reason else facts.hub_status(f"{hub}/{model}/resolve/main/{file}")
+        if status in (401, 403):
+            token = "does not open it" if request["gateway"].get("has_hf_token") else "is not set"
+            raise _stt.SttError(
+                f"voice_gateway_diarization: {model} is gated, or gone (HTTP {status}), and "
+                f"voice_gateway_hf_token {token}. Accept its conditions at {hub}/{model}, make a token that "
+                f"may read at {hub}/settings/tokens, and set voice_gateway_hf_token to it."
+            )
+        if status == 404:
+            raise _stt.SttError(
+                f"voice_gateway_diarization: {hub} has no {model}, which Speaches needs for it."
+            )
+        if not 200 <= status < 400:
+            reason = reason or (f"HTTP {status}" if status else "no answer")
+            return f"{model} is not on this machine and the model hub cannot be reached ({reason})"
+    return ""
 
 
 def _usable(asked: str, cards: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -240,26 +334,33 @@ def _engine(
     # After the release: a source that does not answer may lead to another engine.
     quantization, notes = _compute_type(request, engine, device, cards)
     model = _model(request, engine, facts)
+    live, note = _live_model(request, engine, facts, model)
+    notes += [note] if note else []
     stamp = _stt.stamp(
         engine, release["digest"], request["cuda_lock"] if device == "cuda" else "", release["python"]
     )
     installed = facts.stamp_at(release["path"]) == stamp
-    copied = not model.get("dest") or facts.digest_at(model["dest"]) == model["digest"]
+
+    def missing(model: Mapping[str, Any]) -> bool:
+        copied = not model.get("dest") or facts.digest_at(model["dest"]) == model["digest"]
+        return not copied or bool(model.get("fetch"))
+
     return {
         "engine": engine,
         "unit": _stt.UNITS[engine],
         "version": release["version"],
         "release": release,
         "model": model,
+        "live_model": live,
         "compute_type": quantization,
         "notes": notes,
         "stamp": stamp,
         "install": not installed,
-        "provide_model": not copied or bool(model.get("fetch")),
+        "provide": [found for found in (model, live) if missing(found)],
         "cuda": device == "cuda",
         "system_python": facts.python_path,
         "state": STATES[engine],
-        **service(request, engine, release, model, device, quantization, stamp, facts.python),
+        **service(request, engine, release, model, live, device, quantization, stamp, facts.python),
     }
 
 
@@ -313,6 +414,7 @@ def service(
     engine: str,
     release: Mapping[str, Any],
     model: Mapping[str, Any],
+    live: Mapping[str, Any],
     device: str,
     quantization: str,
     stamp: str,
@@ -334,6 +436,8 @@ def service(
         environment["LD_LIBRARY_PATH"] = ":".join(f"{site}/{part}/lib" for part in CUDA_PARTS)
     host, port = str(request["host"]), str(request["port"])
     ttl = str(request["ttl"])
+    # Where the gateway sees to it who is on the card, Speaches neither loads nor lets go by itself.
+    led = engine == "speaches" and bool(_turns(request, engine, device))
     if engine == "builtin":
         environment |= {
             "PYTHONPATH": f"{release['path']}/src",
@@ -347,10 +451,10 @@ def service(
             "HF_HUB_OFFLINE": "1",
         }
         environment |= {"VOICEGATE_LANGUAGE": request["language"]} if request["language"] else {}
-        if device == "cuda":
-            turns = request.get("turns") or {}
-            environment |= {f"VOICEGATE_{name.upper()}": str(value) for name, value in turns.items() if value}
+        environment |= _turns(request, engine, device)
         environment |= {"VOICEGATE_REVISION": model["revision"]} if model.get("revision") else {}
+        environment |= {"VOICEGATE_LIVE_MODEL": live["argument"]} if live.get("argument") else {}
+        environment |= {"VOICEGATE_LIVE_REVISION": live["revision"]} if live.get("revision") else {}
         exec_start = BUILTIN_START.format(release["path"])
         working_directory = ""
     else:
@@ -358,7 +462,7 @@ def service(
             "PYTHONPATH": f"{release['path']}/src",
             "UVICORN_HOST": host,
             "UVICORN_PORT": port,
-            "STT_MODEL_TTL": ttl,
+            "STT_MODEL_TTL": "-1" if led else ttl,
             "VAD_MODEL_TTL": "-1",
             "WHISPER__INFERENCE_DEVICE": device,
             "WHISPER__COMPUTE_TYPE": quantization,
@@ -381,10 +485,15 @@ def service(
         "environment": environment | ({"SOTTOVOCE_ALIASES": _stt.stamp(aliases)} if aliases else {}),
         "exec_start": exec_start,
         "working_directory": working_directory,
-        # Ends when the model is loaded. voicegate loads it by itself.
+        # Ends when the model is loaded, where it is to stay. voicegate loads it by itself.
         "ready": " ".join(
-            [READY, *(["--load", model["id"]] if engine == "speaches" else []), f"http://{local}:{port}"]
+            [
+                READY,
+                *(["--load", model["id"]] if engine == "speaches" and not led else []),
+                f"http://{local}:{port}",
+            ]
         ),
+        "model_state": "present" if led else "loaded",
         "url": f"http://{local}:{port}",
         # What the status table shows. Speaches wants the key for it, which no unit file may hold.
         "details_url": f"http://{local}:{port}/health"

@@ -119,31 +119,50 @@ def windows(seconds: float, engine: str) -> int:
     return most if seconds >= 30 * most else max(1, math.ceil(seconds / 30))
 
 
-def stt(model: str, compute_type: str, batch: int = 1) -> Footprint:
-    """
-    VRAM of Whisper under CTranslate2: parameters times bytes, a working set by the size of the decoder, and
-    200 MB times (batch - 1) times width/1280. Raises UnknownModel for what the table does not hold.
-    """
+def _whisper(model: str) -> Whisper:
     known = WHISPER.get(model)
     if known is None:
         raise UnknownModel(
             f"How much VRAM the speech model {model!r} takes is not known. Known: {', '.join(WHISPER)}."
         )
+    return known
+
+
+def stt(model: str, compute_type: str, batch: int = 1, live: str = "") -> Footprint:
+    """
+    VRAM of Whisper under CTranslate2: parameters times bytes, a working set by the size of the decoder, and
+    200 MB times (batch - 1) times width/1280. A second model in the process (`live`) adds its weights; both
+    work by turns in one CUDA context, so only the larger working set counts. Raises UnknownModel for what the
+    table does not hold.
+    """
+    names = list(dict.fromkeys([model, live] if live else [model]))
+    models = [_whisper(name) for name in names]
     if compute_type not in WEIGHT_BYTES:
         raise UnknownModel(f"Compute type {compute_type!r} is not known. Known: {', '.join(WEIGHT_BYTES)}.")
-    weights = _mib(known.parameters * WEIGHT_BYTES[compute_type])
-    working = _mib(known.working)
-    more = _mib(BATCH_MB * (max(1, batch) - 1) * known.width / BATCH_WIDTH)
+    each = [_mib(known.parameters * WEIGHT_BYTES[compute_type]) for known in models]
+    weights = sum(each)
+    working, more = max(
+        (
+            (_mib(known.working), _mib(BATCH_MB * (max(1, batch) - 1) * known.width / BATCH_WIDTH))
+            for known in models
+        ),
+        key=sum,
+    )
     # The fitted working set holds the CUDA context; that part stays when nothing is being heard.
     context = min(working, _mib(ENGINE_MB))
     peak = weights + working + more
     return Footprint(
-        f"{model} {compute_type}",
+        f"{' + '.join(names)} {compute_type}",
         rest=weights + context,
         peak=peak,
         error=math.ceil(peak * STT_ERROR),
         source=FITTED,
-        parts={"weights": weights, "working set": working, "batch": more},
+        parts={
+            "weights": each[0],
+            **({"live model": each[1]} if len(each) > 1 else {}),
+            "working set": working,
+            "batch": more,
+        },
         unloaded=_mib(ENGINE_MB),
     )
 

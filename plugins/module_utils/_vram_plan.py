@@ -44,9 +44,10 @@ class PlanError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Mix:
     """
-    What is to live on a card of `card_mib`. `model` empty: no speech-to-text; `llms` empty: no language
-    model. `seconds` is the longest recording that is planned for, `loaded` how many language models stay
-    loaded at once (the largest are counted), `allowed` the compute types that the card can do (empty: all).
+    What is to live on a card of `card_mib`. `model` empty: no speech-to-text; `live` is the small model that
+    the engine builtin has beside it, if any; `llms` empty: no language model. `seconds` is the longest
+    recording that is planned for, `loaded` how many language models stay loaded at once (the largest are
+    counted), `allowed` the compute types that the card can do (empty: all).
     """
 
     card_mib: int
@@ -61,6 +62,7 @@ class Mix:
     policy: str = "resident"
     seconds: float = 240.0
     allowed: tuple[str, ...] = ()
+    live: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,22 +117,29 @@ def check(mix: Mix) -> None:
         raise PlanError("Context, parallel requests, loaded models and seconds are 1 or more.")
 
 
+def speech(mix: Mix, **changes: Any) -> Footprint:
+    """What the speech-to-text of a mix takes, with changes to it. Raises UnknownModel."""
+    mix = dataclasses.replace(mix, **changes)
+    live = mix.live if mix.engine == "builtin" else ""
+    return footprints.stt(mix.model, mix.compute_type, footprints.windows(mix.seconds, mix.engine), live)
+
+
 def fit(mix: Mix) -> Fit:
     """Add it up. Raises PlanError, and UnknownModel for a model without figures."""
     check(mix)
-    speech = None
-    if mix.model:
-        speech = footprints.stt(mix.model, mix.compute_type, footprints.windows(mix.seconds, mix.engine))
+    heard = speech(mix) if mix.model else None
     every = sorted(
         (footprints.llm(model, mix.context, mix.parallel, mix.kv_type) for model in mix.llms),
         key=lambda part: (-part.peak, part.name),
     )
     llms = tuple(every[: mix.loaded])
-    parts = [*([speech] if speech else []), *llms]
+    parts = [*([heard] if heard else []), *llms]
     error = math.ceil(math.sqrt(sum(part.error**2 for part in parts)))
     together = DRIVER_MIB + sum(part.peak for part in parts) + max(FREE_MIB if llms else 0, error)
-    left_by_speech = speech.unloaded if speech and mix.policy != "exclusive" else 0
-    alone = [DRIVER_MIB + speech.peak + speech.error] if speech else []
+    # Speaches keeps its process; that of the builtin engine ends.
+    stays = mix.policy != "exclusive" or mix.engine != "builtin"
+    left_by_speech = heard.unloaded if heard and stays else 0
+    alone = [DRIVER_MIB + heard.peak + heard.error] if heard else []
     alone += [DRIVER_MIB + part.peak + max(FREE_MIB, part.error) + left_by_speech for part in llms[:1]]
     one = max(alone, default=DRIVER_MIB)
     if together <= mix.card_mib:
@@ -139,7 +148,7 @@ def fit(mix: Mix) -> Fit:
         verdict = ONE_AT_A_TIME
     else:
         verdict = CANNOT
-    return Fit(mix, speech, llms, verdict, together, one)
+    return Fit(mix, heard, llms, verdict, together, one)
 
 
 def _types(mix: Mix, asked: str) -> Sequence[str]:
@@ -232,18 +241,19 @@ def _other_llms(mix: Mix) -> Iterator[tuple[int, dict[str, Any]]]:
 def nearest(mix: Mix, count: int = 3, turns: bool = False) -> list[tuple[Fit, dict[str, Any]]]:
     """
     The nearest mixes that fit, each with what to change: fewest steps down first (a less exact compute type,
-    half the context, a smaller cache, one model or request less: 1 each; a smaller speech model: 2 each;
-    taking turns instead of staying: 3), of equal ones that which uses the card best. Another language model
-    (4 and more) is only proposed where the wanted one fits in no way. With `turns` policy yield is proposed,
-    too, for a stack in which something carries it out.
+    half the context, a smaller cache, one model or request less, no live model: 1 each; a smaller speech
+    model: 2 each; taking turns instead of staying: 3), of equal ones that which uses the card best. Another
+    language model (4 and more) is only proposed where the wanted one fits in no way. With `turns` policy
+    yield is proposed, too, for a stack in which something carries it out.
     """
     policies: list[tuple[int, dict[str, Any]]] = [(0, {})]
     if turns and mix.policy == "resident" and mix.model and mix.llms:
         policies.append((3, {"policy": "yield"}))
-    speech, llm = list(_smaller_speech(mix)), list(_smaller_llm(mix))
-    found = _fitting(mix, itertools.product(speech, llm, policies))
+    lives: list[tuple[int, dict[str, Any]]] = [(0, {}), *([(1, {"live": ""})] if mix.live else [])]
+    smaller, llm = list(_smaller_speech(mix)), list(_smaller_llm(mix))
+    found = _fitting(mix, itertools.product(smaller, lives, llm, policies))
     if not found:
-        found = _fitting(mix, itertools.product(speech, _other_llms(mix), policies))
+        found = _fitting(mix, itertools.product(smaller, lives, _other_llms(mix), policies))
     chosen: list[tuple[Fit, dict[str, Any]]] = []
     # What changes all that a nearer one changes, and more, is no other way: only if there is no better.
     for strict in (True, False):

@@ -20,15 +20,14 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint im
     Llm,
     UnknownModel,
     llm_from_metadata,
-    windows,
 )
-from ansible_collections.sottovoce.stack.plugins.module_utils._vram_footprint import stt as speech_footprint
 
 # The roles' defaults of what is read here; a test holds them equal.
 STT_DEFAULTS: Mapping[str, Any] = {
     "stt_server_engine": "speaches",
     "stt_server_engine_fallback": "builtin",
     "stt_server_model": "large-v3-turbo",
+    "stt_server_live_model": "",
     "stt_server_quantization": "float16",
     "stt_server_device": "auto",
     "stt_server_enabled": True,
@@ -47,6 +46,7 @@ GIVE_SIZE = "gpu_vram_mib: 12288 (MiB, as nvidia-smi shows them) or gpu_card: RT
 _SETS: Mapping[str, str] = {
     "model": "stt_server_model",
     "compute_type": "stt_server_quantization",
+    "live": "stt_server_live_model",
     "context": "ollama_context_length",
     "kv_type": "ollama_kv_cache_type",
     "loaded": "ollama_max_loaded_models",
@@ -100,7 +100,12 @@ def ask(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> Asked
             compute_type=str(stt["stt_server_quantization"]),
         )
         fields["allowed"] = _allowed(fields["engine"], capabilities)
-        fields["model"] = speech_name(str(stt["stt_server_model"]), unknown)
+        fields["model"], fields["live"] = _speech_names(
+            str(stt["stt_server_model"]),
+            str(stt["stt_server_live_model"] or ""),
+            fields["engine"],
+            unknown,
+        )
     # `ollama_x` is the same as `ollama_server_x`, and wins.
     ollama = {
         key: variables.get(key.replace("_server_", "_"), variables.get(key, default))
@@ -126,17 +131,37 @@ def ask(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> Asked
     return Asked(mix, card, tuple(unknown))
 
 
-def speech_name(model: str, unknown: list[str]) -> str:
-    """The name in the planner's table; nothing (and why) for a folder or a model of somebody else."""
-    if model == vram.AUTO:
+def _speech_names(model: str, live: str, engine: str, unknown: list[str]) -> tuple[str, str]:
+    """
+    The names of both speech models in the planner's table. They share a process: where one of them is not
+    known, neither is counted.
+    """
+    try:
+        _stt.check_live_model(live, engine)
+    except _stt.SttError as error:
+        raise vram.PlanError(f"stt_server_live_model: {error}") from error
+    main = speech_name(model, unknown)
+    small = speech_name(live, unknown, "live_model") if live else ""
+    if live and bool(main) != bool(small):
+        unknown.append(f"{f'speech model {model}' if main else f'live model {live}'} beside it")
+        return "", ""
+    return main, small
+
+
+def speech_name(model: str, unknown: list[str], which: str = "model") -> str:
+    """
+    The name in the planner's table; nothing (and why) for a folder or a model of somebody else. `which` is
+    the variable of stt_server: model or live_model.
+    """
+    if model == vram.AUTO and which == "model":
         return model
     try:
         name = _stt.resolve_model(model).name
     except _stt.SttError as error:
-        raise vram.PlanError(f"stt_server_model: {error}") from error
+        raise vram.PlanError(f"stt_server_{which}: {error}") from error
     if name in WHISPER:
         return name
-    unknown.append(f"speech model {model}")
+    unknown.append(f"{'live' if which == 'live_model' else 'speech'} model {model}")
     return ""
 
 
@@ -199,9 +224,10 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
         result["lines"] = [f"VRAM is not planned: nobody says how large the card is. Write {GIVE_SIZE}."]
         return result
     mix = asked.mix
-    builtin = mix.engine == "builtin"
-    if policy in vram.TURNS and "stt_server" in (variables.get("instance_roles") or []):
-        _check_turns(mix, asked)
+    roles = variables.get("instance_roles") or []
+    seen = mix.engine == "builtin" or "voice_gateway" in roles
+    if policy in vram.TURNS and "stt_server" in roles:
+        _check_turns(mix, asked, seen)
     found = vram.choose(asked.mix)
     refused = not found.ok and not asked.unknown
     result.update(
@@ -221,22 +247,26 @@ def plan(variables: Mapping[str, Any], capabilities: Iterable[str] = ()) -> dict
             "vram_policy": found.mix.policy,
             "speech_need_mib": found.speech.peak if found.speech else 0,
             "speech_int8_mib": _int8_mib(found),
+            "speech_kept_mib": found.speech.unloaded if found.speech and mix.engine != "builtin" else 0,
         },
     )
     if refused:
-        near = vram.nearest(found.mix, turns=builtin)
+        near = vram.nearest(found.mix, turns=seen)
         result["nearest"] = [{"change": in_words(told), "need_mib": tried.need_mib} for tried, told in near]
     result["lines"] = report(result)
     return result
 
 
-def _check_turns(mix: vram.Mix, asked: Asked) -> None:
-    """Raises PlanError where nobody can carry out that speech and language take turns."""
-    if mix.model and mix.engine != "builtin":
+def _check_turns(mix: vram.Mix, asked: Asked, seen: bool) -> None:
+    """Raises PlanError where nobody can carry out that speech and language take turns.
+
+    `seen`: voicegate is the engine or stands in front of it, so that it sees every request beforehand.
+    """
+    if mix.model and not seen:
         raise vram.PlanError(
-            f"vram_policy: {mix.policy!r} is carried out by the engine builtin alone: Speaches keeps part of"
-            " the card after unloading, and cannot be asked to wait. Write stt_server_engine: builtin, or"
-            " vram_policy: resident and a mix that fits together."
+            f"vram_policy: {mix.policy!r} is carried out by voicegate: Speaches by itself does not look at"
+            " the card before it loads its model. Add voice_gateway to the machine's roles, after stt_server;"
+            " or write stt_server_engine: builtin, or vram_policy: resident and a mix that fits together."
         )
     if not mix.model and asked.unknown:
         raise vram.PlanError(
@@ -260,8 +290,7 @@ def _int8_mib(found: vram.Fit) -> int:
     """What speech takes at its peak in int8, where that is less than in what was chosen; else 0."""
     if found.speech is None:
         return 0
-    mix = found.mix
-    part = speech_footprint(mix.model, "int8", windows(mix.seconds, mix.engine))
+    part = vram.speech(found.mix, compute_type="int8")
     return part.peak if part.peak < found.speech.peak else 0
 
 
@@ -274,7 +303,7 @@ def units_of(found: vram.Fit, fallback: str = "") -> dict[str, dict[str, int]]:
     if found.speech:
         mix = found.mix
         for engine in dict.fromkeys([mix.engine, *([fallback] if fallback in _stt.UNITS else [])]):
-            part = speech_footprint(mix.model, mix.compute_type, windows(mix.seconds, engine))
+            part = vram.speech(mix, engine=engine)
             units[_stt.UNITS[engine]] = {"rest_mib": part.rest, "peak_mib": part.peak}
     if found.llms:
         units["ollama"] = {
@@ -290,7 +319,7 @@ def in_words(changes: Mapping[str, Any]) -> str:
     for field, value in sorted(changes.items(), key=lambda item: list(_SETS).index(item[0])):
         if field == "llms":
             value = max(value, key=lambda model: model.weights_mib).name
-        told.append(f"{_SETS[field]}: {value}")
+        told.append(f"{_SETS[field]}: {value}" if value != "" else f'{_SETS[field]}: ""')
     return ", ".join(told)
 
 

@@ -24,6 +24,9 @@ options:
     description: Seconds within which a source must answer.
     type: float
     default: 4
+  hub_token:
+    description: Token of the model hub, for models that are gated.
+    type: str
 attributes:
   check_mode:
     support: full
@@ -70,8 +73,9 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._deadline import w
 class Probe:
     """Asks an address once."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(self, patience: float, token: str = "") -> None:
         self.patience = patience
+        self.token = token
         self.answers: dict[str, str] = {}
 
     def _ask(self, url: str) -> str:
@@ -90,11 +94,32 @@ class Probe:
         reason = self.answers[url]
         return f"{url.split('/')[2]}: {reason}" if reason else ""
 
+    def status(self, url: str) -> int:
+        """Return the status of one answer of the hub, which is given the token; 0 without an answer."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        try:
+            # Where it redirects to must not be shown the token.
+            answer = within(
+                self.patience + 0.5,
+                lambda: open_url(
+                    url, method="HEAD", headers=headers, timeout=self.patience, follow_redirects="none"
+                ),
+            )
+            return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except Exception:  # whatever it is, the hub does not answer
+            return 0
+
 
 def cached(cache: str, identifier: str, revision: str) -> bool:
     """Is the model in a hub cache, at the revision if there is one."""
+    return in_cache(cache, identifier, "model.bin", revision)
+
+
+def in_cache(cache: str, identifier: str, file: str, revision: str = "") -> bool:
     folder = os.path.join(cache, _stt.hub_folder(identifier), "snapshots", revision or "*")
-    return bool(glob.glob(os.path.join(folder, "model.bin")))
+    return bool(glob.glob(os.path.join(folder, file)))
 
 
 def stamp_at(path: str) -> str:
@@ -139,10 +164,12 @@ def main() -> None:
         argument_spec={
             "request": {"type": "dict", "required": True},
             "patience": {"type": "float", "default": 4},
+            "hub_token": {"type": "str", "no_log": True},
         },
         supports_check_mode=True,
     )
     request = module.params["request"]
+    probe = Probe(module.params["patience"], module.params["hub_token"] or "")
     facts = _stt_plan.Facts(
         nodes=[os.path.basename(path) for path in glob.glob("/dev/nvidia*")],
         machine=platform.machine(),
@@ -152,10 +179,12 @@ def main() -> None:
         stamp_at=stamp_at,
         model_at=lambda path: os.path.isfile(os.path.join(path, "model.bin")),
         cached=cached,
-        unreachable=Probe(module.params["patience"]),
+        unreachable=probe,
         has_python=has_python,
         running=[unit for unit in _stt.UNITS.values() if running(unit)],
         cards=cards,
+        in_cache=in_cache,
+        hub_status=probe.status,
     )
     try:
         plan = _stt_plan.make_plan(request, facts)

@@ -37,6 +37,10 @@ options:
     description: The Whisper model; V(auto) takes the best that fits, empty plans without one.
     type: str
     default: ""
+  live_model:
+    description: The second, small model of the engine V(builtin) for live speech; empty plans without one.
+    type: str
+    default: ""
   compute_type:
     description: Its compute type; V(auto) takes the most exact that fits.
     type: str
@@ -168,6 +172,7 @@ nearest:
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_plan as vram
 from ansible_collections.sottovoce.stack.plugins.module_utils import _vram_request as request
 from ansible_collections.sottovoce.stack.plugins.module_utils._gguf import GgufError
@@ -195,6 +200,7 @@ def main() -> None:
             "card": {"type": "str"},
             "engine": {"type": "str", "choices": ["speaches", "builtin"], "default": "speaches"},
             "model": {"type": "str", "default": ""},
+            "live_model": {"type": "str", "default": ""},
             "compute_type": {"type": "str", "default": "float16"},
             "allowed": {"type": "list", "elements": "str", "default": []},
             "llms": {
@@ -226,10 +232,12 @@ def main() -> None:
     p = module.params
     try:
         unknown: list[str] = []
+        _stt.check_live_model(p["live_model"], p["engine"])
         mix = vram.Mix(
             card_mib=p["card_mib"] if p["card_mib"] is not None else vram.card_mib(p["card"]),
             engine=p["engine"],
             model=request.speech_name(p["model"], unknown) if p["model"] else "",
+            live=request.speech_name(p["live_model"], unknown, "live_model") if p["live_model"] else "",
             compute_type=p["compute_type"],
             llms=tuple(language_model(entry) for entry in p["llms"]),
             context=p["context"],
@@ -244,7 +252,7 @@ def main() -> None:
             raise UnknownModel(f"How much VRAM {unknown[0]} takes is not known.")
         found = vram.choose(mix)
         near = [] if found.ok else vram.nearest(found.mix, turns=True)
-    except (vram.PlanError, UnknownModel, GgufError, OSError) as error:
+    except (_stt.SttError, vram.PlanError, UnknownModel, GgufError, OSError) as error:
         module.fail_json(msg=str(error))
     result: dict[str, t.Any] = {
         "changed": False,

@@ -8,18 +8,22 @@ read-only; left out, one of pyenv's is taken.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
+import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils import _stt_speaches
+from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan, _stt_speaches
+from e2e import wait_for
 
 pytestmark = [pytest.mark.incus, pytest.mark.speaches]
 
@@ -92,6 +96,11 @@ class Server:
             encoding="utf-8",
         )
 
+    def set(self, line: str) -> None:
+        """One more variable of the machine, until the next `configure`."""
+        with (self.inventory / "host_vars" / f"{MACHINE}.yml").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
     def apply(self, *arguments: str) -> Any:
         return self.collection.play("apply", self.inventory, *arguments, timeout=1200)
 
@@ -102,13 +111,22 @@ class Server:
         address = next(entry["address"] for entry in addresses if entry["family"] == "inet")
         return f"http://{address}:8000"
 
-    def hear(self, model: str) -> str:
-        body, kind = _stt_speaches.form({"model": model}, CLIP.name, CLIP.read_bytes())
+    def on_card(self) -> list[str]:
+        """The speech models that Speaches says it has loaded."""
+        with urllib.request.urlopen(f"{self.url}/api/ps", timeout=10) as answer:
+            return [name for name in json.load(answer)["models"] if name.startswith("local/")]
+
+    def hear(
+        self, model: str, port: int = 8000, audio: bytes = CLIP.read_bytes(), timeout: float = 60
+    ) -> str:
+        body, kind = _stt_speaches.form({"model": model}, CLIP.name, audio)
         request = urllib.request.Request(
-            f"{self.url}/v1/audio/transcriptions", data=body, headers={"Content-Type": kind}
+            f"{self.url.removesuffix('8000')}{port}/v1/audio/transcriptions",
+            data=body,
+            headers={"Content-Type": kind},
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as response:
+        with opener.open(request, timeout=timeout) as response:
             answer: dict[str, Any] = json.load(response)
         return str(answer["text"])
 
@@ -202,12 +220,85 @@ def test_the_gateway_in_front_of_it(server: Server) -> None:
     assert "speaches, 0.9.0-rc.3, whisper-demo" in run.output
     for name in ("whisper-1", str(ROOT / "demo/whisper-demo")):
         assert server.hear(name) == SENTENCE
-    with urllib.request.urlopen(
-        f"{server.url}/api/ps", timeout=10
-    ) as answer:  # Speaches' own API, through it
-        assert json.load(answer)["models"][0].startswith("local/whisper-demo-")
+    assert len(server.on_card()) == 1  # Speaches' own API, through it
     assert server.apply().changed == 0
+    takes_turns(server)
+    tell_speakers_apart(server)
     infra.write_text(before, encoding="utf-8")
     server.apply("--tags", "infra,stt")
     assert inside("systemctl", "is-active", "voicegate", "speaches").split() == ["inactive", "active"]
     assert server.hear("whisper-1") == SENTENCE
+
+
+def many_times(count: int) -> bytes:
+    """The clip again and again, as one recording."""
+    with wave.open(str(CLIP), "rb") as source:
+        parameters, frames = source.getparams(), source.readframes(source.getnframes())
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setparams(parameters)
+        file.writeframes(frames * count)
+    return target.getvalue()
+
+
+def takes_turns(server: Server) -> None:
+    """A gateway like the unit's, but as on a card: the model is loaded for a request, and goes after it."""
+    unit = inside("systemctl", "cat", "voicegate").splitlines()
+    (start,) = [line.removeprefix("ExecStart=") for line in unit if line.startswith("ExecStart=")]
+    options = ["--port=8002", "--data-dir=", "--vram-policy=exclusive", "--vram-need-mib=100"]
+    environment = "--property=EnvironmentFile=/etc/sottovoce/voicegate.env"
+    inside("systemd-run", "--unit=turns", environment, *start.split(), *options)
+    try:
+        wait_for(30, lambda: not server.on_card())
+        for _ in range(2):
+            assert server.hear("whisper-1", 8002) == SENTENCE
+            wait_for(30, lambda: not server.on_card())
+        # Speaches works on what its client has left: the model goes when it has ended, and not before.
+        with pytest.raises(TimeoutError):
+            server.hear("whisper-1", 8002, many_times(400), timeout=2)
+        time.sleep(1)
+        assert server.on_card()
+        wait_for(120, lambda: not server.on_card())
+        log = inside("journalctl", "--no-pager", "--unit=turns")
+        assert log.count(" model_loaded ") == 3, log
+        assert log.count(" model_unloaded ") == 4, log
+        assert log.count(" vram step=proceed policy=exclusive ") == 3, log
+        assert "speaches_failed" not in log
+        assert "model_in_use" not in log
+    finally:
+        inside("systemctl", "stop", "turns")
+    assert server.hear("whisper-1") == SENTENCE  # Speaches loads it by itself
+    assert len(server.on_card()) == 1
+
+
+CARD = "---\nlibrary_name: onnx\npipeline_tag: speaker-segmentation\ntags: [pyannote]\n---\n"
+
+
+def tell_speakers_apart(server: Server) -> None:
+    """Its models are not to be had here: skipped by name; with empty ones the endpoint is reached."""
+    server.set("voice_gateway_diarization: true")
+    run = server.apply("--tags", "stt")
+    told = "skipped: telling speakers apart: fedirz/segmentation_community_1 is not on this machine"
+    assert told in run.output
+    assert ask_for_speakers(server) == (400, "diarization_unavailable")
+    for model, file in _stt_plan.DIARIZATION_MODELS.items():
+        folder = f"{_stt_plan.hub_cache('speaches')}/{_stt.hub_folder(model)}"
+        snapshot = f"{folder}/snapshots/0000"
+        inside("sh", "-c", f"mkdir -p {folder}/refs {snapshot} && printf 0000 > {folder}/refs/main")
+        inside("sh", "-c", f"printf %s '{CARD}' > {snapshot}/README.md && echo none > {snapshot}/{file}")
+    run = server.apply("--tags", "stt")
+    assert "telling speakers apart" not in run.output
+    assert 'VOICEGATE_DIARIZATION="upstream"' in inside("cat", "/etc/sottovoce/voicegate.env")
+    # Speaches has read the recording, finds the models and cannot load them.
+    assert ask_for_speakers(server) == (503, "diarization_failed")
+    assert "ONNXRuntimeError" in inside("journalctl", "--no-pager", "--unit=speaches")
+    assert server.apply().changed == 0
+
+
+def ask_for_speakers(server: Server) -> tuple[int, str]:
+    form = {"model": "whisper-1", "response_format": "diarized_json"}
+    body, kind = _stt_speaches.form(form, CLIP.name, CLIP.read_bytes())
+    answer = _stt_speaches.http(
+        "POST", f"{server.url}/v1/audio/transcriptions", body, {"Content-Type": kind}, 60
+    )
+    return answer.status, str(answer.json()["error"]["code"])

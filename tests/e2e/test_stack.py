@@ -86,11 +86,16 @@ def test_the_gateway_stands_at_the_address_of_the_engine(stack: Stack) -> None:
     stack.set_host_vars(
         "e2e-speech",
         "stt_server_quantization: float32\nstt_server_port: 8001\nvoice_gateway_engine_port: 8002\n"
-        "voice_gateway_wyoming: true\nvoice_gateway_settings: {queue_limit: 5}\n",
+        "voice_gateway_wyoming: true\nvoice_gateway_settings: {queue_limit: 5}\n"
+        f"stt_server_engine: builtin\nstt_server_live_model: {ROOT / 'demo/whisper-demo-en'}\n",
     )
     stack.apply("--tags", "stt")
     told = health("e2e-speech", 8001, "/health")
     assert (told["status"], told["queue"]["limit"], told["compute_type"]) == ("ok", 5, "float32")
+    # With a small model beside it for live speech.
+    (invocation,) = unit("e2e-speech", "voicegate", "InvocationID")
+    journal = incus("exec", "e2e-speech", "--", "journalctl", f"_SYSTEMD_INVOCATION_ID={invocation}")
+    assert re.findall(r"model_loaded .*?model=\S*/(\S+)", journal) == ["whisper-demo", "whisper-demo-en"]
     incus("file", "push", str(ROOT / "demo/clips/D000.wav"), "e2e-speech/root/speech.wav")
     handed_in = ["curl", "-sS", "-F", "audio=@/root/speech.wav", "http://127.0.0.1:8001/jobs"]
     made = incus("exec", "e2e-speech", "--", *handed_in)

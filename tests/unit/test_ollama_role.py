@@ -57,6 +57,7 @@ MACHINE = {
     "stt_quantization": "float16",
     "stt_device": "auto",
     "stt_engine": "speaches",
+    "stt_live_model": "",
     "planned_fit_target_mib": 0,
 }
 
@@ -128,6 +129,9 @@ def test_fit_target_only_where_there_is_a_gpu_and_more_where_it_is_shared() -> N
     assert target(0, True, ["ollama_server"], stt_device="auto") == 1024
     assert target(0, True, ["stt_server"], stt_device="cpu") == 1024
     assert target(0, True, ["stt_server"], stt_device="auto") == 1024 + _ollama.stt_peak_mib("medium", "int8")
+    live = target(0, True, ["stt_server"], stt_device="auto", stt_engine="builtin", stt_live_model="tiny")
+    assert live == 1024 + _ollama.stt_peak_mib("medium", "int8", "builtin", "tiny")
+    assert live > target(0, True, ["stt_server"], stt_device="auto", stt_engine="builtin")
     assert target(7000, True, ["stt_server"], stt_device="auto") == 7000
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import http.server
+import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.sottovoce.stack.plugins.module_utils import _stt, _stt_plan
+from ansible_collections.sottovoce.stack.plugins.modules import stt_preflight
 
 PINNED = "p" * 64
 
 
 def request(**changes: Any) -> dict[str, Any]:
     model = changes.pop("model", "large-v3-turbo")
+    live = changes.pop("live_model", "")
     return {
         "host": "0.0.0.0",
         "port": 8000,
         "model": asdict(_stt.resolve_model(model)),
         "model_digest": "",
+        "live_model": asdict(_stt.resolve_model(live)) if live else {},
+        "live_model_digest": "",
         "quantization": "float16",
         "language": "",
         "enabled": True,
@@ -66,6 +73,8 @@ class Machine:
             has_python=lambda python: python in there.get("pythons", ()),
             running=there.get("running", ()),
             cards=lambda: there.get("cards", ()),
+            in_cache=lambda cache, identifier, file: (cache, identifier, file) in there.get("files", ()),
+            hub_status=lambda url: there.get("hub", {}).get(url, 0),
         )
 
     def _unreachable(self, url: str) -> str:
@@ -132,7 +141,7 @@ def test_no_network_at_all_gives_the_fallback_model() -> None:
     }
     assert plan["environment"]["VOICEGATE_MODEL"] == plan["model"]["dest"]
     assert [item["what"] for item in plan["skipped"]] == ["speaches", "model large-v3-turbo"]
-    assert plan["provide_model"]
+    assert plan["provide"] == [plan["model"]]
 
 
 def test_no_network_and_no_fallback_model_is_refused() -> None:
@@ -157,10 +166,10 @@ def test_nothing_to_do_asks_no_address() -> None:
     )
     plan = _stt_plan.make_plan(request(), machine.facts)
     assert machine.asked == []
-    assert (plan["engine"], plan["install"], plan["provide_model"], plan["stop"]) == (
+    assert (plan["engine"], plan["install"], plan["provide"], plan["stop"]) == (
         "speaches",
         False,
-        False,
+        [],
         [],
     )
 
@@ -212,7 +221,7 @@ def test_folder_on_the_machine() -> None:
     there = request(engine="builtin", model="/srv/there")
     plan = _stt_plan.make_plan(there, Machine(models=["/srv/there"]).facts)
     assert plan["environment"]["VOICEGATE_MODEL"] == "/srv/there"
-    assert not plan["provide_model"]
+    assert plan["provide"] == []
     with pytest.raises(_stt.SttError, match="neither on the controller nor on this machine"):
         _stt_plan.make_plan(there, Machine().facts)
 
@@ -249,6 +258,7 @@ def test_disabled_stops_everything() -> None:
         {"language": "de"},
         {"ttl": 60},
         {"gateway_digest": "h" * 64},
+        {"live_model": "tiny"},
     ],
 )
 def test_every_setting_changes_the_unit_or_its_environment(change: dict[str, Any]) -> None:
@@ -332,15 +342,78 @@ def test_auto_on_a_cpu() -> None:
 
 
 def test_what_the_plan_of_the_card_says_reaches_voicegate_on_a_card() -> None:
-    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "ollama_pinned": ""}
+    turns = {"vram_policy": "yield", "vram_need_mib": 2500, "vram_kept_mib": 477, "ollama_pinned": ""}
     asked = request(engine="builtin", turns=turns, cards=[{"capability": "8.6"}])
     card = Machine(nodes=GPU)
     environment = _stt_plan.make_plan(asked, card.facts)["environment"]
     assert environment["VOICEGATE_VRAM_POLICY"] == "yield"
     assert environment["VOICEGATE_VRAM_NEED_MIB"] == "2500"
     assert "VOICEGATE_OLLAMA_PINNED" not in environment
+    assert "VOICEGATE_VRAM_KEPT_MIB" not in environment
     environment = _stt_plan.make_plan(asked, Machine().facts)["environment"]
     assert not any("VRAM" in name for name in environment)
+
+
+def live_settings(plan: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in plan["environment"].items() if "LIVE" in name}
+
+
+def test_the_live_model_comes_as_the_main_one_does() -> None:
+    asked = request(engine="builtin", live_model="tiny")
+    plan = _stt_plan.make_plan(asked, Machine().facts)
+    tiny = _stt.MODELS["tiny"]
+    assert live_settings(plan) == {
+        "VOICEGATE_LIVE_MODEL": tiny.repository,
+        "VOICEGATE_LIVE_REVISION": tiny.revision,
+    }
+    assert plan["provide"] == [plan["model"], plan["live_model"]]
+    assert plan["skipped"] == []
+    cached = {("/var/lib/voicegate/hf/hub", _stt.MODELS["large-v3-turbo"].repository)}
+    assert _stt_plan.make_plan(asked, Machine(cached=cached).facts)["provide"] == [plan["live_model"]]
+
+
+def test_a_live_model_from_the_controller_or_the_machine() -> None:
+    asked = request(engine="builtin", live_model="/srv/small")
+    copied = _stt_plan.make_plan({**asked, "live_model_digest": "m" * 64}, Machine().facts)
+    path = f"/opt/voicegate/models/{'m' * 12}/small"
+    assert live_settings(copied) == {"VOICEGATE_LIVE_MODEL": path}
+    assert copied["provide"][1]["src"] == "/srv/small"
+    there = _stt_plan.make_plan(asked, Machine(models=["/srv/small"]).facts)
+    assert live_settings(there) == {"VOICEGATE_LIVE_MODEL": "/srv/small"}
+    assert there["provide"] == [there["model"]]
+    with pytest.raises(_stt.SttError, match="stt_server_live_model: there is no folder"):
+        _stt_plan.make_plan(asked, Machine().facts)
+
+
+def test_without_the_hub_there_is_no_live_model_and_the_summary_says_so() -> None:
+    cached = {("/var/lib/voicegate/hf/hub", _stt.MODELS["large-v3-turbo"].repository)}
+    asked = request(engine="builtin", live_model="tiny")
+    plan = _stt_plan.make_plan(asked, Machine(down=OFFLINE, cached=cached).facts)
+    assert live_settings(plan) == {}
+    assert plan["provide"] == []
+    skipped = {
+        "what": "live model tiny",
+        "why": "the model hub cannot be reached (hub.test: no such name); live speech uses the main model",
+    }
+    assert _stt_plan.summarize(plan, True, "", {})["skipped"] == [skipped]
+
+
+def test_the_same_model_is_loaded_once() -> None:
+    plan = _stt_plan.make_plan(request(engine="builtin", model="tiny", live_model="tiny"), Machine().facts)
+    assert live_settings(plan) == {}
+    assert plan["provide"] == [plan["model"]]
+    assert any("stt_server_live_model" in note for note in plan["notes"])
+
+
+def test_another_engine_is_refused_a_live_model() -> None:
+    wrong = {"stt_server_engine": "speaches", "stt_server_live_model": "tiny"}
+    (problem,) = _stt.problems(wrong)
+    assert problem.startswith("stt_server_live_model: only the engine builtin")
+    assert "Set stt_server_engine: builtin" in problem
+    assert _stt.problems({**wrong, "stt_server_engine": "builtin"}) == []
+    (problem,) = _stt.problems({"stt_server_engine": "builtin", "stt_server_live_model": "tiyn"})
+    assert problem.startswith("stt_server_live_model: 'tiyn'")
+    assert "'tiny'" in problem
 
 
 GATEWAY = {"engine_port": 8001, "wyoming_port": 0, "settings": {}}
@@ -373,6 +446,52 @@ def test_the_gateway_takes_the_address_and_speaches_the_loopback() -> None:
     assert not _stt_plan.make_plan(asked, installed.facts)["gateway"]["install"]
 
 
+TURNS = {
+    "vram_policy": "yield", "vram_need_mib": 3739, "vram_kept_mib": 477, "vram_fallback": "cpu",
+    "ollama_url": "http://127.0.0.1:11434",
+}  # fmt: skip
+
+
+def test_the_gateway_decides_when_speaches_is_on_the_card() -> None:
+    card = Machine(nodes=GPU).facts
+    asked = request(gateway=gateway(), turns=TURNS, ttl=300, cards=[{"capability": "8.6"}])
+    plan = _stt_plan.make_plan(asked, card)
+    assert "--load" not in plan["ready"]
+    assert plan["model_state"] == "present"
+    assert plan["environment"]["STT_MODEL_TTL"] == "-1"
+    front = plan["gateway"]
+    assert front["gpu"]
+    expected = {
+        "VOICEGATE_TTL": "300",
+        "VOICEGATE_VRAM_POLICY": "yield",
+        "VOICEGATE_VRAM_NEED_MIB": "3739",
+        "VOICEGATE_VRAM_KEPT_MIB": "477",
+        "VOICEGATE_OLLAMA_URL": "http://127.0.0.1:11434",
+    }
+    assert expected.items() <= front["environment"].items()
+    assert "VOICEGATE_VRAM_FALLBACK" not in front["environment"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"turns": {**TURNS, "vram_policy": "resident"}},
+        {"turns": TURNS, "gateway": {}},
+        {"turns": TURNS, "device": "cpu"},
+        {},
+    ],
+)
+def test_speaches_loads_by_itself_where_nobody_takes_turns(changes: dict[str, Any]) -> None:
+    asked = request(**{"gateway": gateway(), "ttl": 300, "cards": [{"capability": "8.6"}], **changes})
+    plan = _stt_plan.make_plan(asked, Machine(nodes=GPU).facts)
+    assert " --load " in plan["ready"]
+    assert plan["model_state"] == "loaded"
+    assert plan["environment"]["STT_MODEL_TTL"] == "300"
+    if "gateway" in plan:
+        assert not plan["gateway"]["gpu"]
+        assert not any("VRAM" in name or "TTL" in name for name in plan["gateway"]["environment"])
+
+
 def test_the_builtin_engine_is_in_the_gateway() -> None:
     asked = request(engine="builtin", gateway=gateway(wyoming_port=10300))
     plan = _stt_plan.make_plan(asked, Machine(running=["speaches", "voicegate"]).facts)
@@ -386,6 +505,24 @@ def test_the_builtin_engine_is_in_the_gateway() -> None:
         "VOICEGATE_DATA_DIR": "/var/lib/voicegate/jobs",
     }
     assert front["url"] == "http://127.0.0.1:8000"
+
+
+def test_the_live_model_of_another_engine_does_not_reach_the_builtin_one() -> None:
+    front = gateway(settings={"live_model": "somebody/small", "queue_limit": 3})
+    plan = _stt_plan.make_plan(request(gateway=front), Machine().facts)
+    assert plan["gateway"]["environment"]["VOICEGATE_LIVE_MODEL"] == "somebody/small"
+    fallen = _stt_plan.make_plan(
+        request(gateway=front), Machine(down={"https://source.test/a.tar.gz": "down"}).facts
+    )
+    assert fallen["engine"] == "builtin"
+    assert "VOICEGATE_LIVE_MODEL" not in fallen["gateway"]["environment"]
+    assert fallen["gateway"]["environment"]["VOICEGATE_QUEUE_LIMIT"] == "3"
+    assert any("live_model is not for the engine builtin" in note for note in fallen["notes"])
+    own = _stt_plan.make_plan(
+        request(engine="builtin", live_model="tiny", gateway=gateway()), Machine().facts
+    )
+    live = own["gateway"]["environment"]["VOICEGATE_LIVE_MODEL"]
+    assert live == _stt.MODELS["tiny"].repository
 
 
 def test_without_the_gateway_its_unit_is_stopped() -> None:
@@ -405,3 +542,103 @@ def test_disabled_stops_the_gateway_too() -> None:
 def test_the_summary_has_the_gateways_address() -> None:
     plan = _stt_plan.make_plan(request(gateway=gateway()), Machine().facts)
     assert _stt_plan.summarize(plan, True, "10.1.2.3", {})["url"] == "http://10.1.2.3:8000/v1"
+
+
+SPEAKERS = gateway(diarization=True)
+HUB = {
+    f"https://hub.test/{model}/resolve/main/{file}": 302
+    for model, file in _stt_plan.DIARIZATION_MODELS.items()
+}
+GATED = "https://hub.test/fedirz/segmentation_community_1/resolve/main/model.onnx"
+
+
+def test_speaches_gets_what_it_needs_to_tell_speakers_apart() -> None:
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub=HUB).facts)
+    assert plan["skipped"] == []
+    front = plan["gateway"]
+    assert front["environment"]["VOICEGATE_DIARIZATION"] == "upstream"
+    assert front["diarization_models"] == list(_stt_plan.DIARIZATION_MODELS)
+
+
+def test_models_that_are_there_need_no_hub() -> None:
+    cache = _stt_plan.hub_cache("speaches")
+    asked = request(gateway=SPEAKERS)
+    speech = (cache, asked["model"]["listed"])
+    there = [(cache, model, file) for model, file in _stt_plan.DIARIZATION_MODELS.items()]
+    machine = Machine(files=there, cached=[speech], down={"https://hub.test": "no such name"})
+    plan = _stt_plan.make_plan(asked, machine.facts)
+    assert plan["skipped"] == []
+    assert plan["gateway"]["environment"]["VOICEGATE_DIARIZATION"] == "upstream"
+    assert "https://hub.test" not in machine.asked
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_is_told_with_the_place_to_get_it(status: int) -> None:
+    for has_token, words in ((False, "voice_gateway_hf_token is not set"), (True, "does not open it")):
+        asked = request(gateway=gateway(diarization=True, has_hf_token=has_token))
+        with pytest.raises(_stt.SttError, match=words) as caught:
+            _stt_plan.make_plan(asked, Machine(hub={**HUB, GATED: status}).facts)
+        assert "https://hub.test/fedirz/segmentation_community_1" in str(caught.value)
+        assert "https://hub.test/settings/tokens" in str(caught.value)
+
+
+def test_a_model_that_the_hub_does_not_have() -> None:
+    with pytest.raises(_stt.SttError, match="has no fedirz/segmentation_community_1"):
+        _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub={**HUB, GATED: 404}).facts)
+
+
+@pytest.mark.parametrize(("status", "why"), [(0, "no answer"), (503, "HTTP 503")])
+def test_speakers_are_skipped_where_the_hub_does_not_answer(status: int, why: str) -> None:
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), Machine(hub={**HUB, GATED: status}).facts)
+    [skipped] = plan["skipped"]
+    assert skipped["what"] == "telling speakers apart"
+    assert (
+        f"fedirz/segmentation_community_1 is not on this machine and the model hub cannot be reached ({why})"
+        in (skipped["why"])
+    )
+    assert "VOICEGATE_DIARIZATION" not in plan["gateway"]["environment"]
+    assert "diarization_models" not in plan["gateway"]
+
+
+def test_the_engine_that_was_fallen_back_to_tells_no_speakers_apart() -> None:
+    machine = Machine(down={"https://source.test/a.tar.gz": "no such name"}, hub=HUB)
+    plan = _stt_plan.make_plan(request(gateway=SPEAKERS), machine.facts)
+    assert plan["engine"] == "builtin"
+    assert [item["what"] for item in plan["skipped"]] == ["speaches", "telling speakers apart"]
+    assert "VOICEGATE_DIARIZATION" not in plan["gateway"]["environment"]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Redirects whoever has the token, as the hub does, to where nobody is."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(302 if self.headers["authorization"] == "Bearer hf_good" else 401)
+        self.send_header("Location", "http://127.0.0.1:9/")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+def test_the_hub_is_asked_with_the_token() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/a/b/resolve/main/c"
+    try:
+        assert [stt_preflight.Probe(2, token).status(url) for token in ("hf_good", "", "x")] == [
+            302,
+            401,
+            401,
+        ]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert stt_preflight.Probe(2).status(url) == 0
+
+
+def test_files_of_a_hub_cache(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.onnx").touch()
+    assert stt_preflight.in_cache(str(tmp_path), "a/b", "model.onnx")
+    assert not stt_preflight.in_cache(str(tmp_path), "a/b", "model.bin")
+    assert not stt_preflight.cached(str(tmp_path), "a/b", "")

@@ -235,11 +235,34 @@ def test_settings_of_the_gateway_are_voicegates_own() -> None:
     assert "no setting 'queu_limit'" in second
     assert "queue_limit" in second
     assert "'model' follows from a variable" in third
+    front = {"engine_port": 8001, "wyoming_port": 0, "settings": {}, "diarization": True}
+    asked = settings(gateway=front, port=8000)
+    assert stt_request({**asked, "engine": "speaches"}, str(ROOT / "gateway"))["problems"] == []
+    [only] = stt_request({**asked, "engine": "builtin"}, str(ROOT / "gateway"))["problems"]
+    assert "voice_gateway_diarization: only the engine speaches" in only
     names = {field.name for field in dataclasses.fields(Settings)}
     assert names >= GATEWAY_ROLES_OWN
     every = dict.fromkeys(names - GATEWAY_ROLES_OWN - set(SECRETS), 1)
     front = {"engine_port": 8001, "wyoming_port": 0, "settings": every}
-    assert stt_request(settings(gateway=front, port=8000), str(ROOT / "gateway"))["problems"] == []
+    told = stt_request(settings(gateway=front, port=8000, engine="speaches"), str(ROOT / "gateway"))
+    assert told["problems"] == []
+    # With the engine in voicegate, its small model is the role's.
+    first, second = stt_request(settings(gateway=front, port=8000), str(ROOT / "gateway"))["problems"]
+    assert "'live_model' follows" in first + second
+    assert "'live_revision' follows" in first + second
+
+
+def test_the_live_model_is_read_like_the_model(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/model.bin").write_bytes(b"weights")
+    request = stt_request(settings(live_model="./small"), str(ROOT / "gateway"), str(tmp_path))
+    assert request["problems"] == []
+    assert request["live_model"]["path"] == str(tmp_path / "small")
+    assert request["live_model_digest"] == _stt_tree.digest(tmp_path / "small")
+    (tmp_path / "empty").mkdir()
+    (problem,) = stt_request(settings(live_model="./empty"), str(ROOT / "gateway"), str(tmp_path))["problems"]
+    assert problem.startswith("stt_server_live_model: ")
+    assert "no model.bin" in problem
 
 
 def test_a_folder_that_is_not_on_the_controller_may_be_on_the_machine(tmp_path: Path) -> None:

@@ -120,6 +120,28 @@ def test_monotone_in_context_batch_and_bits(mix: vram.Mix, context: int, paralle
             assert vram.fit(dataclasses.replace(mix, compute_type=kind)).together_mib >= need
 
 
+@given(mixes(engine="builtin"), MODELS)
+def test_a_live_model_never_needs_less(mix: vram.Mix, live: str) -> None:
+    alone, both = vram.fit(mix), vram.fit(dataclasses.replace(mix, live=live))
+    assert both.together_mib >= alone.together_mib
+    assert both.one_mib >= alone.one_mib
+    if alone.speech is None or both.speech is None:
+        assert alone.parts == both.parts
+        return
+    assert both.speech.rest >= alone.speech.rest
+    assert both.speech.peak >= alone.speech.peak
+    if mix.model != live:
+        small = footprint.stt(live, mix.compute_type)
+        # The weights of both, and what is shared once: the context at rest, the larger working set at work.
+        assert both.speech.rest == alone.speech.rest + small.parts["weights"]
+        assert both.speech.parts["working set"] == max(
+            alone.speech.parts["working set"], small.parts["working set"]
+        )
+        assert both.speech.peak < alone.speech.peak + small.peak
+    # Ollama sees what is loaded as used, and leaves the rest.
+    assert both.fit_target_mib + both.speech.rest >= alone.fit_target_mib + alone.speech.rest
+
+
 @given(mixes(policy="resident"))
 def test_fit_target_covers_what_speech_still_takes_and_moves_no_planned_layer(mix: vram.Mix) -> None:
     found = vram.fit(mix)
@@ -328,6 +350,7 @@ def test_turns_are_carried_out_by_the_builtin_engine() -> None:
     assert turns == {
         "vram_policy": "yield",
         "vram_need_mib": need,
+        "vram_kept_mib": 0,
         "vram_fallback": f"int8={int8},cpu",
         "ollama_url": "http://127.0.0.1:11500",
         "ollama_pinned": "nomic-embed-text",
@@ -337,14 +360,97 @@ def test_turns_are_carried_out_by_the_builtin_engine() -> None:
     assert filters.vram_plan_turns(filters.vram_plans(["a"], {"a": GPU}), roles, "x", wanted) == {}
 
 
+def test_turns_with_speaches_are_carried_out_by_the_gateway_in_front_of_it() -> None:
+    roles = ["base_system", "ollama_server", "stt_server", "voice_gateway"]
+    tight = {
+        **GPU,
+        "instance_roles": roles,
+        "gpu_vram_mib": 8192,
+        "ollama_default_model": "llama3.1:8b",
+        "ollama_context_length": 4096,
+    }
+    refused = request_.plan(tight)
+    assert refused["status"] == "refused"
+    assert "vram_policy: yield" in " ".join(refused["lines"])
+    alone = request_.plan({**tight, "instance_roles": roles[:-1]})
+    assert "vram_policy" not in " ".join(alone["lines"])
+    for policy in vram.TURNS:
+        plan = request_.plan({**tight, "vram_policy": policy})
+        assert (plan["status"], plan["verdict"]) == ("fits", vram.ONE_AT_A_TIME)
+        wanted = {"fallback": [], "pinned": [], "reload": False}
+        turns = filters.vram_plan_turns({"a": plan}, roles, "127.0.0.1:11434", wanted)
+        assert (turns["vram_policy"], turns["vram_need_mib"]) == (policy, plan["settings"]["speech_need_mib"])
+        assert turns["vram_kept_mib"] == footprint.stt("large-v3-turbo", "float16").unloaded
+
+
+def test_what_speaches_keeps_counts_beside_a_language_model_alone_on_the_card() -> None:
+    mix = vram.Mix(24576, model="large-v3-turbo", llms=(vram.known_llm("qwen2.5:32b"),), policy="exclusive")
+    kept = footprint.stt(mix.model, mix.compute_type).unloaded
+    builtin = vram.fit(dataclasses.replace(mix, engine="builtin"))
+    assert vram.fit(mix).one_mib - builtin.one_mib == kept > 0
+
+
+BUILTIN = {**GPU, "stt_server_engine": "builtin", "ollama_default_model": "llama3.1:8b"}
+
+
+def test_the_live_model_is_in_the_whole_plan() -> None:
+    def planned(**more: Any) -> dict[str, Any]:
+        return request_.plan({**BUILTIN, "gpu_vram_mib": 24576, **more})
+
+    alone, both = planned(), planned(stt_server_live_model="small")
+    weights = footprint.stt("small", "float16").parts["weights"]
+    assert both["parts"][0]["name"] == "large-v3-turbo + small float16"
+    assert both["parts"][0]["parts"]["live model"] == weights
+    for key in ("rest_mib", "peak_mib"):
+        # What vram_health measures drift against.
+        assert both["units"]["voicegate"][key] == alone["units"]["voicegate"][key] + weights
+    assert both["need_mib"] >= alone["need_mib"] + weights
+    assert both["settings"]["speech_need_mib"] == alone["settings"]["speech_need_mib"] + weights
+    assert both["settings"]["speech_int8_mib"] > alone["settings"]["speech_int8_mib"] > 0
+    assert both["settings"]["fit_target_mib"] >= alone["settings"]["fit_target_mib"] + weights
+    assert any("large-v3-turbo + small" in line for line in both["lines"])
+    same = planned(stt_server_live_model="large-v3-turbo")
+    assert same["parts"] == alone["parts"]
+
+
+def test_a_live_model_can_be_what_is_too_much() -> None:
+    enough = request_.plan({**BUILTIN, "gpu_vram_mib": 24576})["need_mib"]
+    tight = {**BUILTIN, "gpu_vram_mib": enough}
+    assert request_.plan(tight)["status"] == "fits"
+    refused = request_.plan({**tight, "stt_server_live_model": "medium"})
+    assert refused["status"] == "refused"
+    assert 'stt_server_live_model: ""' in [near["change"] for near in refused["nearest"]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"stt_server_live_model": "/srv/own"},
+        {"stt_server_live_model": "tiny", "stt_server_model": "/srv/own"},
+        {"stt_server_live_model": "/srv/own", "stt_server_model": "somebody/other"},
+    ],
+)
+def test_where_one_of_the_speech_models_is_not_known_neither_is_counted(names: dict[str, str]) -> None:
+    plan = request_.plan({**BUILTIN, "gpu_vram_mib": 24576, **names})
+    assert plan["status"] == "unknown"
+    assert len(plan["unknown"]) == 2
+    assert [part["name"] for part in plan["parts"]] == ["llama3.1:8b", "nomic-embed-text"]
+    assert plan["settings"]["speech_need_mib"] == 0
+
+
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
+        ({"stt_server_live_model": "tiny"}, "stt_server_live_model: only the engine builtin"),
+        (
+            {"gpu_vram_mib": 8192, "stt_server_engine": "builtin", "stt_server_live_model": "auto"},
+            "stt_server_live_model: 'auto' is no model",
+        ),
         ({"gpu_vram_mib": "much"}, "gpu_vram_mib"),
         ({"gpu_card": "RTX 0"}, "RTX 0"),
         (
             {"gpu_vram_mib": 8192, "vram_policy": "yield"},
-            "vram_policy: 'yield' is carried out by the engine builtin",
+            "Add voice_gateway to the machine's roles",
         ),
         ({"vram_policy": "exclusive"}, "vram_policy: 'exclusive' needs to know how large the card is"),
         ({"gpu_vram_mib": 8192, "vram_policy": "turns"}, "vram_policy 'turns' is not one of"),

@@ -24,6 +24,7 @@ from voicegate import (
     realtime_api,
     status_api,
 )
+from voicegate.diarizer import Diarizer, with_turns
 from voicegate.engine import Engine, Info, Segment, Task
 from voicegate.errors import ApiError
 from voicegate.http import (
@@ -61,6 +62,7 @@ def create_app(
     gpu: GpuReader | None = None,
     turns: TurnsReader | None = None,
     sessions: LiveSessions | None = None,
+    diarizer: Diarizer | None = None,
 ) -> ASGIApp:
     """`gpu` reads the card's memory and `turns` who made room on it, for /status and /metrics.
 
@@ -101,12 +103,17 @@ def create_app(
         handed_over = False
         try:
             asked = read(form, task, model, settings)
-            items = engine.transcribe(asked.upload, asked.options, client=client_of(request))
+            if asked.diarized and diarizer is not None:
+                diarizer.check_room()
+            client = client_of(request)
+            items = engine.transcribe(asked.upload, asked.options, client=client)
             if asked.stream:
                 response = await _stream(request, items, form, asked.options.words, settings.log_text)
                 handed_over = True
                 return response
-            return await unless_disconnected(request, _whole(items, asked, settings.log_text))
+            return await unless_disconnected(
+                request, _whole(items, asked, settings.log_text, diarizer, client)
+            )
         finally:
             if not handed_over:
                 form.close()
@@ -158,7 +165,13 @@ def create_app(
     )
 
 
-async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked, log_text: bool) -> Response:
+async def _whole(
+    items: AsyncGenerator[Info | Segment, None],
+    asked: Asked,
+    log_text: bool,
+    diarizer: Diarizer | None,
+    client: str,
+) -> Response:
     info: Info | None = None
     segments: list[Segment] = []
     async with contextlib.aclosing(items):
@@ -170,6 +183,8 @@ async def _whole(items: AsyncGenerator[Info | Segment, None], asked: Asked, log_
     if info is None:
         raise errors.internal()
     note(info, segments, log_text)
+    if asked.diarized:
+        info = await with_turns(diarizer, info, segments, asked.upload, client=client)
     return answer(asked, info, segments)
 
 

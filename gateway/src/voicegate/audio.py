@@ -1,19 +1,20 @@
-"""Whatever a client uploads, as 16 kHz mono samples. Decoded in process by PyAV: no ffmpeg binary."""
+"""Whatever a client uploads, as 16 kHz mono samples. Decoded by PyAV: no ffmpeg binary. See `decoder`."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import av
-import numpy as np
-from numpy.typing import NDArray
 
+from voicegate import errors
 from voicegate.errors import bad_audio, invalid
 
 RATE = 16000
+SAMPLE_BYTES = 2
 
 # Names of libavformat's demuxers. Playlists and anything else that points at other files or at
 # addresses are left out: an upload must never make the server open something.
@@ -22,31 +23,48 @@ CONTAINERS = (
     "matroska", "mov", "mp3", "mpeg", "mpegts", "ogg", "tta", "w64", "wav", "wv",
 )  # fmt: skip
 
-Samples = NDArray[np.float32]
-
-
 # Outside of these the resampler alone would need more memory than the audio, or make it of nothing.
 RATES = range(1000, 768_001)  # Hz
 CHANNELS = 64
 
 
+def _audio_decoders() -> str:
+    found = set()
+    for name in av.codecs_available:
+        try:
+            codec = av.Codec(name, "r")
+        except ValueError:  # it only encodes
+            continue
+        if codec.type == "audio":
+            found.add(codec.name)
+    return ",".join(sorted(found))
+
+
+# Opening a file decodes a little of every stream; a picture of absurd dimensions must not be among that.
+_OPTIONS = {
+    "format_whitelist": ",".join(CONTAINERS),
+    "protocol_whitelist": "",
+    "codec_whitelist": _audio_decoders(),
+}
+
+
 def decode(
     source: BinaryIO,
+    target: BinaryIO,
     *,
     max_seconds: float = 4 * 3600,
     timeout: float = 300,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Samples:
-    """All of `source`'s first audio stream, decoded within `timeout` seconds.
+) -> None:
+    """Write all of `source`'s first audio stream to `target`, as signed 16-bit samples.
 
-    ApiError (400) says what is wrong with it.
+    Ends early once `cancelled`. ApiError (400) says what is wrong with it. MemoryError.
     """
     deadline = time.monotonic() + timeout
     try:
         container = av.open(source, mode="r", metadata_errors="ignore", options=_OPTIONS)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise bad_audio(_reason(error)) from error
-    pieces: list[NDArray[np.int16]] = []
     total = 0
     try:
         with container:
@@ -54,16 +72,14 @@ def decode(
                 raise bad_audio("it holds no audio stream")
             stream = container.streams.audio[0]
             check_shape(stream.rate, stream.channels)
-            stream.thread_type = "AUTO"
-            # 16-bit samples, as the reference implementations feed the model.
-            resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
+            # One thread decodes an hour in seconds, and needs a bounded amount of memory.
+            stream.codec_context.thread_count = 1
+            resampler = _Resampler()
             for frame in itertools.chain(frames(container), (None,)):
-                if frame is not None:
-                    check_shape(frame.sample_rate, frame.layout.nb_channels)
                 for piece in resampler.resample(frame):
-                    samples = piece.to_ndarray()[0]
-                    pieces.append(samples)
-                    total += samples.shape[0]
+                    # The plane may be longer than what is in it.
+                    target.write(memoryview(piece.planes[0])[: piece.samples * SAMPLE_BYTES])
+                    total += piece.samples
                 if total > max_seconds * RATE:
                     raise invalid(
                         f"The audio is longer than this server takes ({max_seconds / 60:g} minutes).",
@@ -71,21 +87,58 @@ def decode(
                         "audio_too_long",
                     )
                 if time.monotonic() > deadline:
-                    raise invalid(
-                        f"Decoding the audio took longer than this server allows ({timeout:g} seconds).",
-                        "file",
-                        "decode_timeout",
-                    )
+                    raise errors.decode_timeout(timeout)
                 if cancelled():
-                    break
+                    return
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise bad_audio(_reason(error)) from error
     if total == 0:
         raise bad_audio("it holds no sound")
-    return np.concatenate(pieces).astype(np.float32) / 32768.0
 
 
-_OPTIONS = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""}
+class _Resampler:
+    """To 16-bit samples, as the reference implementations feed the model.
+
+    As PyAV's own, but that one starts a thread for every core, each with a stack that counts as memory.
+    """
+
+    def __init__(self) -> None:
+        self._graph: av.filter.Graph | None = None
+        self._shape: tuple[str, str, int] = ("", "", 0)
+
+    def resample(self, frame: av.AudioFrame | None) -> Iterator[av.AudioFrame]:
+        """What comes out when `frame` goes in; None: that was the last one."""
+        if frame is not None:
+            check_shape(frame.sample_rate, frame.layout.nb_channels)
+            shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if self._graph is None:
+                self._graph, self._shape = _graph(*shape), shape
+            elif shape != self._shape:
+                raise bad_audio("its format changes in the middle")
+        if self._graph is None:
+            return
+        self._graph.push(frame)
+        # Nothing more now, and nothing more at all.
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+            while True:
+                yield self._graph.pull()
+
+
+def _graph(sample_format: str, layout: str, rate: int) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add(
+        "abuffer",
+        sample_fmt=sample_format,
+        channel_layout=layout,
+        sample_rate=str(rate),
+        time_base=f"1/{rate}",
+    )
+    target = graph.add("aformat", sample_fmts="s16", channel_layouts="mono", sample_rates=str(RATE))
+    source.link_to(target)
+    target.link_to(graph.add("abuffersink"))
+    graph.configure()
+    return graph
 
 
 def check_shape(rate: int, channels: int) -> None:

@@ -27,6 +27,7 @@ EXIT_FAILED = 1  # the model cannot be loaded, the port is taken
 EXIT_SETTINGS = 2  # wrong settings, or the model is not on this machine
 EXIT_UNREACHABLE = 3  # fetch: no way to the hub
 EXIT_NOT_FOUND = 4  # fetch: the hub has no such model or revision
+EXIT_GATED = 5  # fetch: the hub gives it only to who has accepted its conditions
 
 SOCKET_MESSAGE = 16 * 1024 * 1024  # bytes; OpenAI allows 15 MiB of audio in one
 HUB_TIMEOUT = 5.0  # seconds until an unreachable hub is given up
@@ -51,11 +52,19 @@ def main(arguments: list[str] | None = None) -> int:
         "fetch",
         help="download a model from the hub into its cache (HF_HOME)",
         epilog=f"Known models: {models.known_names()}."
-        " Exit status: 2 wrong name, 3 hub unreachable, 4 not found.",
+        " Exit status: 2 wrong name, 3 hub unreachable, 4 not found, 5 gated.",
         allow_abbrev=False,
     )
-    fetch.add_argument("--model", required=True, metavar="TEXT", help="name or hub id")
+    which = fetch.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="TEXT", help="name or hub id")
+    which.add_argument("--diarization-model", metavar="TEXT", help="hub id of a pipeline of pyannote.audio")
     fetch.add_argument("--revision", default=None, metavar="TEXT", help="commit, tag or branch [main]")
+    fetch.add_argument(
+        "--hf-token-file",
+        default=None,
+        metavar="TEXT",
+        help="file with a token of the hub, which gated models need; also HF_TOKEN",
+    )
     key = commands.add_parser(
         "key",
         help="make an API key",
@@ -68,7 +77,16 @@ def main(arguments: list[str] | None = None) -> int:
     if command == "key":
         return make_key(given["name"])
     if command == "fetch":
-        return fetch_model(given["model"], given["revision"])
+        token = None
+        if given["hf_token_file"]:
+            try:
+                token = Path(given["hf_token_file"]).read_text(encoding="ascii").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                print(f"voicegate: --hf-token-file: {error}", file=sys.stderr)
+                return EXIT_SETTINGS
+        if given["diarization_model"]:
+            return fetch_diarization_model(given["diarization_model"], given["revision"], token)
+        return fetch_model(given["model"], given["revision"], token)
     try:
         settings = Settings.load(given)
     except SettingsError as error:
@@ -91,10 +109,20 @@ def run_server(settings: Settings) -> int:
             folder = models.locate(model, settings.revision or None)
             if settings.live_model:
                 option = "live-model"
-                live_folder = models.locate(models.resolve(settings.live_model))
+                live_folder = models.locate(
+                    models.resolve(settings.live_model), settings.live_revision or None
+                )
         except ModelUnavailable as error:
             print(f"voicegate: --{option}: {error}", file=sys.stderr)
             return EXIT_SETTINGS
+
+    from voicegate import diarizer
+
+    try:
+        diarizer.check(settings)
+    except ModelUnavailable as error:
+        print(f"voicegate: --diarization: {error}", file=sys.stderr)
+        return EXIT_SETTINGS
 
     try:
         return asyncio.run(_serve(settings, model, folder, live_folder))
@@ -136,7 +164,7 @@ async def _serve(
 ) -> int:
     import uvicorn
 
-    from voicegate import peace
+    from voicegate import diarizer, peace
     from voicegate.api import create_app
     from voicegate.jobs import Jobs
     from voicegate.live_sessions import LiveSessions
@@ -147,8 +175,9 @@ async def _serve(
     metrics = Metrics()
     measured = MeasuredEngine(engine, metrics)
     sessions = LiveSessions(settings, measured)
+    speakers = diarizer.make(settings)
     try:
-        jobs = await Jobs.open(settings, measured) if settings.data_dir else None
+        jobs = await Jobs.open(settings, measured, speakers) if settings.data_dir else None
     except StoreError as error:
         print(f"voicegate: --data-dir: {error}", file=sys.stderr)
         return EXIT_SETTINGS
@@ -162,6 +191,7 @@ async def _serve(
             gpu=None if settings.device == "cpu" else functools.partial(read_gpu, settings.device_index),
             turns=lambda: peace.counted(getattr(engine, "peace", None)),
             sessions=sessions,
+            diarizer=speakers,
         ),
         host=settings.host,
         port=settings.port,
@@ -244,6 +274,8 @@ async def _serve(
         await sessions.stop()
         if jobs is not None:
             await jobs.stop()
+        if speakers is not None:
+            await speakers.stop()
         await engine.stop()
         for item in sockets:
             item.close()
@@ -261,7 +293,7 @@ def make_key(name: str) -> int:
     return 0
 
 
-def fetch_model(name: str, revision: str | None) -> int:
+def fetch_model(name: str, revision: str | None, token: str | None) -> int:
     try:
         model = models.resolve(name)
     except ModelUnavailable as error:
@@ -273,6 +305,40 @@ def fetch_model(name: str, revision: str | None) -> int:
             file=sys.stderr,
         )
         return EXIT_SETTINGS
+    folder = _download(model.repository, revision, token, list(models.FILES))
+    if isinstance(folder, int):
+        return folder
+    try:
+        models.locate(model, revision)
+    except ModelUnavailable as error:
+        print(f"voicegate: {error}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    print(folder)
+    return 0
+
+
+def fetch_diarization_model(name: str, revision: str | None, token: str | None) -> int:
+    from voicegate import diarizer
+
+    if not models.is_hub_id(name):
+        print(f"voicegate: --diarization-model: {name!r} is no hub id (organisation/name)", file=sys.stderr)
+        return EXIT_SETTINGS
+    folder = _download(name, revision, token)
+    if isinstance(folder, int):
+        return folder
+    try:
+        diarizer.locate(str(folder))
+    except ModelUnavailable as error:
+        print(f"voicegate: {error}", file=sys.stderr)
+        return EXIT_NOT_FOUND
+    print(folder)
+    return 0
+
+
+def _download(
+    repository: str, revision: str | None, token: str | None, patterns: list[str] | None = None
+) -> Path | int:
+    """The folder in the hub's cache with the files; or an exit status, when what is wrong was printed."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
@@ -285,16 +351,24 @@ def fetch_model(name: str, revision: str | None) -> int:
     at = f" at revision {revision}" if revision else ""
     try:
         # First a small question with a short timeout: the download itself would retry for minutes.
-        found = HfApi().model_info(model.repository, revision=revision, timeout=HUB_TIMEOUT)
-        print(f"fetching {model.repository}{at or ' ' + (found.sha or '')}", file=sys.stderr)
+        found = HfApi().model_info(repository, revision=revision, timeout=HUB_TIMEOUT, token=token)
+        print(f"fetching {repository}{at or ' ' + (found.sha or '')}", file=sys.stderr)
         folder = snapshot_download(
-            model.repository, revision=revision, allow_patterns=list(models.FILES), etag_timeout=HUB_TIMEOUT
+            repository, revision=revision, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT, token=token
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError):
-        print(f"voicegate: the hub has no public model {model.repository}{at}", file=sys.stderr)
+    except GatedRepoError:
+        print(
+            f"voicegate: {repository} is gated: the hub gives it only to who has accepted its conditions.\n"
+            f"voicegate: accept them at {constants.ENDPOINT}/{repository}, make a token that may read at"
+            f" {constants.ENDPOINT}/settings/tokens, and give it with --hf-token-file or HF_TOKEN",
+            file=sys.stderr,
+        )
+        return EXIT_GATED
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        print(f"voicegate: the hub has no public model {repository}{at}", file=sys.stderr)
         return EXIT_NOT_FOUND
     except HfHubHTTPError as error:
-        print(f"voicegate: {constants.ENDPOINT} refused {model.repository}: {error}", file=sys.stderr)
+        print(f"voicegate: {constants.ENDPOINT} refused {repository}: {error}", file=sys.stderr)
         return EXIT_UNREACHABLE
     except Exception as error:  # name resolution, connection, timeout, TLS: the client's own kinds of each
         print(
@@ -304,10 +378,4 @@ def fetch_model(name: str, revision: str | None) -> int:
             file=sys.stderr,
         )
         return EXIT_UNREACHABLE
-    try:
-        models.locate(model, revision)
-    except ModelUnavailable as error:
-        print(f"voicegate: {error}", file=sys.stderr)
-        return EXIT_NOT_FOUND
-    print(folder)
-    return 0
+    return Path(folder)

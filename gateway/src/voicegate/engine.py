@@ -59,13 +59,23 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One speaker speaks, from start to end in seconds. Turns of several may overlap."""
+
+    start: float
+    end: float
+    speaker: str
+
+
+@dataclass(frozen=True)
 class Info:
-    """Known before the first segment."""
+    """Known before the first segment, but for the turns."""
 
     task: Task
     language: str | None  # None: nothing was said, and no language was given
     duration: float
     duration_after_vad: float
+    turns: tuple[Turn, ...] | None = None  # who spoke when, where that was asked for
 
 
 class Source(Protocol):

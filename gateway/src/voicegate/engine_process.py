@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import os
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from voicegate import errors, logs, wire
 from voicegate.engine import Info, Segment
@@ -27,6 +28,10 @@ from voicegate.errors import ApiError, ModelUnavailable
 
 if TYPE_CHECKING:
     from voicegate.whisper import Whisper
+
+
+M_ARENA_MAX = -8  # malloc.h
+LONG = 300.0  # seconds of audio after which memory is given back to the system
 
 
 class Channel:
@@ -67,24 +72,33 @@ class Channel:
                 self.commands.put(message)
 
 
-def main() -> None:
+def connect() -> Channel:
+    """To the server that started this process, whose descriptor is the first argument."""
     # Ctrl-C and systemd signal the whole group; the server decides when the engine ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=channel.listen, name="voicegate-listen", daemon=True).start()
+    return channel
+
+
+def main() -> None:
+    limit_arenas()
+    channel = connect()
     load = channel.commands.get()
     settings = wire.settings_from(load["value"])
     logs.configure(settings.log_level, settings.log_format)
 
+    from voicegate.decoder import Decoder
     from voicegate.whisper import Whisper  # seconds, so only now that the server is listened to
 
+    decoder = Decoder(settings)
     try:
-        whisper = Whisper(settings, Path(load["folder"]))
+        whisper = Whisper(settings, Path(load["folder"]), decoder)
         small = whisper
         if load["live_folder"]:
             small = Whisper(
-                dataclasses.replace(settings, model=settings.live_model), Path(load["live_folder"])
+                dataclasses.replace(settings, model=settings.live_model), Path(load["live_folder"]), decoder
             )
     except ModelUnavailable as error:
         channel.send("failed", str(error))
@@ -96,6 +110,14 @@ def main() -> None:
     Transcriptions(channel, whisper, small).serve()
 
 
+class Open(NamedTuple):
+    """A transcription with what is left of it."""
+
+    request_id: str
+    segments: Iterator[Segment]
+    duration: float  # seconds of audio
+
+
 class Transcriptions:
     """Those that are open, each where it was left."""
 
@@ -103,7 +125,7 @@ class Transcriptions:
         self._channel = channel
         self._whisper = whisper
         self._small = small  # for drafts; the same one, if there is no other
-        self._open: dict[int, tuple[str, Iterator[Segment]]] = {}  # request id, what is left
+        self._open: dict[int, Open] = {}
 
     def serve(self) -> None:
         while True:
@@ -117,8 +139,9 @@ class Transcriptions:
                 case "prepared":
                     self._prepared(command)
                 case "cancel":
-                    if self._open.pop(command["number"], None):
+                    if command["number"] in self._open:
                         self._channel.forget(command["number"])
+                        self._close(command["number"])
 
     def _prepare(self, command: dict[str, Any], file: int) -> None:
         number = command["number"]
@@ -140,11 +163,11 @@ class Transcriptions:
             self._channel.forget(number)
             return
         info, segments = command["opened"]
-        self._open[number] = (command["request_id"], segments)
+        self._open[number] = Open(command["request_id"], segments, info.duration)
         self._channel.send("info", info, number)
 
     def _step(self, number: int) -> None:
-        request_id, segments = self._open[number]
+        request_id, segments, _duration = self._open[number]
         token = logs.request_id.set(request_id)
         ended = True
         with self._told(number):
@@ -153,7 +176,12 @@ class Transcriptions:
             self._channel.send("end" if ended else "segment", segment, number)
         logs.request_id.reset(token)
         if ended:
-            del self._open[number]
+            del segments
+            self._close(number)
+
+    def _close(self, number: int) -> None:
+        if self._open.pop(number).duration >= LONG:
+            give_back()
 
     @contextlib.contextmanager
     def _told(self, number: int) -> Iterator[None]:
@@ -165,6 +193,22 @@ class Transcriptions:
         except Exception:
             logs.logger.exception("transcription_failed")
             self._channel.send("error", wire.error_to(errors.internal()), number)
+
+
+# Of glibc's malloc; another C library has neither these functions nor what they are needed for.
+
+
+def limit_arenas() -> None:
+    """One heap for all threads: each with its own keeps what it freed, and together they grow for thousands
+    of requests."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """What was freed, malloc keeps for the next one, however much it is."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 if __name__ == "__main__":

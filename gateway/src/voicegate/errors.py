@@ -58,6 +58,28 @@ def bad_audio(detail: str) -> ApiError:
     return invalid(f"The file could not be read as audio: {detail}.", "file", "invalid_audio")
 
 
+def decode_timeout(seconds: float) -> ApiError:
+    return invalid(
+        f"Decoding the audio took longer than this server allows ({seconds:g} seconds).",
+        "file",
+        "decode_timeout",
+    )
+
+
+def decode_memory(limit_mib: int) -> ApiError:
+    return invalid(
+        f"Decoding the audio needs more memory than this server allows ({limit_mib} MiB).",
+        "file",
+        "decode_memory",
+    )
+
+
+def decode_crashed() -> ApiError:
+    return invalid(
+        "The file could not be read as audio: its decoder crashed over it.", "file", "decode_crashed"
+    )
+
+
 def too_large(limit_mib: int) -> ApiError:
     return ApiError(
         413,
@@ -179,6 +201,54 @@ def engine_answer(detail: str) -> ApiError:
         f"The speech engine's answer cannot be read: {detail}.",
         type="server_error",
         code="engine_answer",
+    )
+
+
+def no_diarization() -> ApiError:
+    return invalid(
+        "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'. Its operator can"
+        " switch that on (--diarization).",
+        "response_format",
+        "diarization_unavailable",
+    )
+
+
+def not_diarized() -> ApiError:
+    return invalid(
+        "Speakers were not told apart in this job. Hand the recording in again, with response_format"
+        " diarized_json.",
+        "format",
+        "not_diarized",
+    )
+
+
+def diarization_not_loaded(reason: str) -> ApiError:
+    return unavailable(f"Speakers cannot be told apart now: {reason}.", "diarization_not_loaded")
+
+
+def diarization_down() -> ApiError:
+    return unavailable("What tells speakers apart ended while it worked on this request.", "diarization_down")
+
+
+def diarization_unreachable(url: str) -> ApiError:
+    return unavailable(f"What tells speakers apart, {url}, cannot be reached.", "diarization_unreachable")
+
+
+def diarization_timeout(seconds: int) -> ApiError:
+    return ApiError(
+        504,
+        f"Telling the speakers apart took longer than {seconds} s.",
+        type="server_error",
+        code="diarization_timeout",
+    )
+
+
+def diarization_answer(detail: str) -> ApiError:
+    return ApiError(
+        502,
+        f"The answer about who spoke when cannot be read: {detail}.",
+        type="server_error",
+        code="diarization_answer",
     )
 
 

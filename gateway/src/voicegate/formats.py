@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from voicegate import languages
+from voicegate import languages, speakers
 from voicegate.engine import Info, Segment
 
 FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+DIARIZED = "diarized_json"  # of transcriptions, where somebody tells speakers apart
 
 
 def full_text(segments: Sequence[Segment]) -> str:
@@ -55,6 +56,27 @@ def as_verbose_json(
         ]
     result["usage"] = usage(info)
     return result
+
+
+def as_diarized_json(segments: Sequence[Segment], info: Info) -> dict[str, Any]:
+    """With the turns that `info` has."""
+    return {
+        "task": info.task,
+        "duration": round(info.duration, 3),
+        "text": full_text(segments),
+        "segments": [
+            {
+                "type": "transcript.text.segment",
+                "id": f"seg_{number:03d}",
+                "start": round(said.start, 3),
+                "end": round(said.end, 3),
+                "text": said.text,
+                "speaker": said.speaker,
+            }
+            for number, said in enumerate(speakers.merge(segments, info.turns or ()))
+        ],
+        "usage": usage(info),
+    }
 
 
 def as_words(segments: Sequence[Segment]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from voicegate import errors, webhook_rules, wire
+from voicegate.diarizer import Diarizer, with_turns
 from voicegate.engine import Engine, Info, Options, Rank, Segment
 from voicegate.errors import ApiError
 from voicegate.logs import event, logger, request_id
@@ -54,6 +55,9 @@ _NOT_THE_JOB = (
     "engine_unreachable",
     "engine_key",
     "engine_model_missing",
+    "diarization_unreachable",
+    "diarization_key",
+    "diarization_model_missing",
 )
 
 
@@ -163,11 +167,14 @@ def decide(error: ApiError, failures: int) -> Decision:
 
 
 class Jobs:
-    def __init__(self, settings: Settings, engine: Engine, store: Store) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, store: Store, diarizer: Diarizer | None = None
+    ) -> None:
         """`store` was opened in any thread; from here on only this object's thread calls it."""
         self.closing = False
         self._settings = settings
         self._engine = engine
+        self._diarizer = diarizer
         self._store = store
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "voicegate-store")
         self._accepting = asyncio.Lock()  # room is looked at, then used
@@ -184,10 +191,10 @@ class Jobs:
         self.webhooks = Webhooks(store, self._until_stored, secrets, allowed)
 
     @classmethod
-    async def open(cls, settings: Settings, engine: Engine) -> Jobs:
+    async def open(cls, settings: Settings, engine: Engine, diarizer: Diarizer | None = None) -> Jobs:
         """StoreError if `data_dir` cannot be used. What was running when the last server ended is queued."""
         store = await asyncio.to_thread(Store, Path(settings.data_dir))
-        self = cls(settings, engine, store)
+        self = cls(settings, engine, store, diarizer)
         recovered = await self._stored(store.recover)
         counts = await self._stored(store.counts)
         event("jobs_opened", folder=settings.data_dir, queued=counts["queued"], recovered=recovered)
@@ -445,10 +452,12 @@ class Jobs:
                     else:
                         live.segments.append(dataclasses.asdict(item))
                     self._changed(live.record.id)
+            if live.info is None:  # an engine that does not keep to the interface
+                raise errors.internal()
+            if asked.diarized:
+                live.info = await with_turns(self._diarizer, live.info, live.segments, source, Rank.JOB)
         finally:
             source.close()
-        if live.info is None:  # an engine that does not keep to the interface
-            raise errors.internal()
 
     async def _end(self, live: Live, error: ApiError | None = None) -> None:
         now = time.time()

@@ -44,6 +44,10 @@ NEEDED = ("config.json", WEIGHTS, "tokenizer.json")
 FILES = ("config.json", "preprocessor_config.json", WEIGHTS, "tokenizer.json", "vocabulary.*")
 
 
+def is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.match(text))
+
+
 def short_name(text: str) -> str | None:
     """The plain name (`large-v3-turbo`) for any spelling of a known model, else None."""
     word = text.strip().casefold()
@@ -96,7 +100,7 @@ def resolve(text: str) -> ModelName:
         return ModelName(word, folder.name, folder=folder)
     if word.startswith(("/", "./", "../", "~")):
         raise ModelUnavailable(f"model folder {word} does not exist")
-    if _HUB_ID.match(word):
+    if is_hub_id(word):
         return ModelName(word, word, repository=word)
     close = difflib.get_close_matches(word.casefold(), [*REPOSITORIES, *SYNONYMS], n=1)
     hint = f"; did you mean {close[0]}?" if close else "."

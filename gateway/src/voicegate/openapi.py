@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from voicegate.formats import FORMATS
+from voicegate.formats import DIARIZED, FORMATS
 
 Schema = dict[str, Any]
 
@@ -51,6 +51,15 @@ SCHEMAS: dict[str, Schema] = {
         ("task", "language", "duration", "text", "usage"),
         task={"enum": ["transcribe", "translate"]}, language=_TEXT, duration=_NUMBER, text=_TEXT,
         words=_array(ref("Word")), segments=_array(ref("Segment")), usage=ref("Usage"),
+    ),
+    "DiarizedTranscription": _object(
+        task={"const": "transcribe"}, duration=_NUMBER, text=_TEXT, usage=ref("Usage"),
+        segments=_array(
+            _object(
+                type={"const": "transcript.text.segment"}, id=_TEXT, start=_NUMBER, end=_NUMBER, text=_TEXT,
+                speaker=_TEXT,
+            )
+        ),
     ),
     "StreamEvent": {
         "description": "One `data:` line of the stream; the last is `transcript.text.done` or an error.",
@@ -158,10 +167,13 @@ _HOTWORDS = {"type": "string", "description": "Words to expect, throughout the f
 _LANGUAGE = {"type": "string", "description": "ISO-639-1 code, English name, or `auto`"}
 _TEMPERATURE = {"type": "number", "minimum": 0, "maximum": 1}
 _KIND = {"type": "string", "enum": list(FORMATS), "default": "json"}
+_KIND_OF_TRANSCRIPT = {**_KIND, "enum": [*FORMATS, DIARIZED]}
 _TRANSCRIPT = {
     **_answer(
         "The transcript in the format asked for",
-        application__json={"anyOf": [ref("VerboseTranscription"), ref("Transcription")]},
+        application__json={
+            "anyOf": [ref("VerboseTranscription"), ref("DiarizedTranscription"), ref("Transcription")]
+        },
         text__plain=_TEXT,
         text__vtt=_TEXT,
         text__event_stream=ref("StreamEvent"),
@@ -183,7 +195,7 @@ TRANSCRIPTIONS = _route(
         prompt=_PROMPT,
         hotwords=_HOTWORDS,
         temperature=_TEMPERATURE,
-        response_format=_KIND,
+        response_format=_KIND_OF_TRANSCRIPT,
         stream={"type": "boolean", "default": False},
         **{"timestamp_granularities[]": _array({"type": "string", "enum": ["segment", "word"]})},
     ),
@@ -219,7 +231,7 @@ JOB_NEW = _route(
             "language": _LANGUAGE,
             "task": {"type": "string", "enum": ["transcribe", "translate"], "default": "transcribe"},
             "priority": {"type": "string", "enum": ["high", "normal", "low"], "default": "normal"},
-            "response_format": _KIND,
+            "response_format": _KIND_OF_TRANSCRIPT,
             "prompt": _PROMPT,
             "temperature": _TEMPERATURE,
             "webhook_url": {"type": "string", "description": "Who is called when the job has ended"},

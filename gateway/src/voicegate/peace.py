@@ -116,7 +116,7 @@ class Tenant(Protocol):
 
     def idle(self) -> bool: ...
 
-    def on_card(self) -> bool: ...
+    async def on_card(self) -> bool: ...
 
     async def unload(self) -> None: ...
 
@@ -150,8 +150,11 @@ class Peace:
 
     # -- before loading
 
-    async def before_load(self) -> Settings:
-        """Make room, and say with which settings to load. ApiError (503, Retry-After) if it must not be."""
+    async def before_load(self, there_mib: int = 0) -> Settings:
+        """Make room, and say with which settings to load. ApiError (503, Retry-After) if it must not be.
+
+        `there_mib`: what of the need the engine has on the card already.
+        """
         started = self.clock()
         asked: set[str] = set()
         asked_at = started
@@ -160,7 +163,7 @@ class Peace:
             now = Situation(
                 policy=self.settings.vram_policy,
                 free_mib=await self._free(),
-                need_mib=self.settings.vram_need_mib,
+                need_mib=max(0, self.settings.vram_need_mib - there_mib),
                 reserve_mib=self.settings.vram_reserve_mib,
                 models=models,
                 waited=self.clock() - started,
@@ -255,17 +258,22 @@ class Peace:
         names = {model.name for model in models}
         self._seen = {key for key in self._seen if key[0] in names}
         await self._return(tenant)
-        if self.settings.ollama_reload and not tenant.on_card():
+        # Not while it makes room for itself.
+        if self.settings.ollama_reload and tenant.idle() and not await tenant.on_card():
             await self._reload(names)
 
     async def _mend(self, model: Loaded, tenant: Tenant) -> None:
         """Make room for a model that did not find enough, and have it loaded again."""
-        free = await self._free()
-        room = math.inf if free is None else free + (self.settings.vram_need_mib if tenant.on_card() else 0)
+        free, there = await self._free(), await tenant.on_card()
+        gives = self.settings.vram_need_mib - self.settings.vram_kept_mib if there else 0
+        room = math.inf if free is None else free + gives
         if not movable(model, self._pinned()) or room < model.on_cpu_mib:
             return  # pinned, or it would not help
-        if tenant.on_card():
+        if there:
             await tenant.unload()
+            if await tenant.on_card():  # somebody came in between: at the next look
+                self._seen.discard((model.name, model.vram_mib))
+                return
         ollama = self._asked()
         await ollama.unload(model.name)
         deadline = self.clock() + SETTLE
@@ -290,7 +298,7 @@ class Peace:
         back = self.fallen_back
         if back is None or free is None or not tenant.idle():
             return
-        have = free + (back.need_mib if tenant.on_card() else 0)
+        have = free + (back.need_mib if await tenant.on_card() else 0)
         if have - self.settings.vram_reserve_mib < self.settings.vram_need_mib:
             return
         self.fallen_back = None

@@ -20,6 +20,7 @@ from typing import Any
 from voicegate import child, errors, wire
 from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segment, Source, Status
 from voicegate.errors import ApiError, ModelUnavailable
+from voicegate.idle import Idle
 from voicegate.logs import event, request_id
 from voicegate.peace import Peace
 from voicegate.settings import Settings
@@ -48,8 +49,8 @@ class Process:
         self._writer: asyncio.StreamWriter
 
     @classmethod
-    async def spawn(cls) -> Process:
-        process, ours = await child.spawn("voicegate.engine_process")
+    async def spawn(cls, module: str = "voicegate.engine_process") -> Process:
+        process, ours = await child.spawn(module)
         self = cls(process, ours)
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=wire.LINE_LIMIT)
         self._reading = asyncio.create_task(self._read())
@@ -78,10 +79,10 @@ class Process:
     def send(self, message: bytes) -> None:
         self._writer.write(message)
 
-    def ask(self, source: Source, options: Options) -> int:
+    def ask(self, source: Source, options: Options | None, kind: str = "transcribe") -> int:
         """Hand a transcription over; the number is for `step`, `receive` and `close`."""
         number = next(self._numbers)
-        message = wire.pack("transcribe", options, number=number, request_id=request_id.get())
+        message = wire.pack(kind, options, number=number, request_id=request_id.get())
         if not self.alive:
             raise Ended
         try:
@@ -129,9 +130,8 @@ class ProcessEngine:
         self._device = settings.device
         self._compute_type = settings.compute_type
         self._capabilities: Capabilities | None = None
-        self._idle_timer: asyncio.TimerHandle | None = None
+        self._idle = Idle(settings.ttl, self.unload)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._active = 0
         self._failures = 0  # ends in a row without a transcription between them
         self._stopping = False
         self.peace = Peace.of(settings)
@@ -145,20 +145,19 @@ class ProcessEngine:
         except ApiError as error:
             # No room on the card now. Whoever asks first tries again.
             event("not_loaded_yet", level=logging.WARNING, code=error.code)
-        self._rest()
+        self._idle.rest()
 
     def idle(self) -> bool:
-        return not self._active and not self._worker.running
+        return not self._idle.active and not self._worker.running
 
-    def on_card(self) -> bool:
+    async def on_card(self) -> bool:
         return self._process is not None
 
     async def stop(self) -> None:
         self._stopping = True
         if self.peace is not None:
             await self.peace.stop()
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        self._idle.stop()
         processes, self._process = (self._process, self._loading), None
         for process in processes:
             if process is not None:
@@ -195,16 +194,10 @@ class ProcessEngine:
         def make(job: Job[Info | Segment]) -> Transcription:
             return Transcription(self, job, source, options)
 
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._active += 1
-        try:
+        with self._idle.at_work():
             async with contextlib.aclosing(stream(self._worker, make, rank, client)) as items:
                 async for item in items:
                     yield item
-        finally:
-            self._active -= 1
-            self._rest()
 
     async def unload(self) -> None:
         """End the process after what runs; the next request starts one."""
@@ -280,7 +273,7 @@ class ProcessEngine:
             raise
 
     async def _unload(self) -> None:
-        if self._active or self._process is None:
+        if self._idle.active or self._process is None:
             return
         await self._end()
         event("model_unloaded", model=self._settings.model)
@@ -336,19 +329,6 @@ class ProcessEngine:
             await self._internal(self._load)
         except (ModelUnavailable, ApiError) as error:
             event("model_load_failed", level=logging.ERROR, error=str(error))
-
-    def _rest(self) -> None:
-        """Start counting towards unloading, once nothing is left to do."""
-        ttl = self._settings.ttl
-        if ttl < 0 or self._active or self._process is None or self._stopping:
-            return
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-        self._idle_timer = asyncio.get_running_loop().call_later(ttl, self._expire)
-
-    def _expire(self) -> None:
-        if not self._active:
-            self._spawn_task(self.unload())
 
 
 class Transcription:

@@ -28,6 +28,7 @@ COMPUTE_TYPES = (
     "float32",
 )
 POLICIES = ("resident", "yield", "exclusive")
+DIARIZATION = ("off", "upstream", "pyannote")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PREFIX = "VOICEGATE_"
 # Read from <name>_file or the environment.
@@ -84,6 +85,9 @@ class Settings:
     vram_need_mib: int = _setting(
         0, "VRAM the loaded model needs at its peak, in MiB (0: the card is not looked at)", low=0
     )
+    vram_kept_mib: int = _setting(
+        0, "how much of that an upstream keeps when its model has gone, in MiB", low=0
+    )
     vram_reserve_mib: int = _setting(0, "VRAM to leave free beside it, in MiB", low=0)
     vram_wait: int = _setting(30, "seconds to wait for VRAM before a fallback is taken", low=0)
     vram_fallback: str = _setting(
@@ -100,12 +104,16 @@ class Settings:
     )
     upstream_model: str = _setting("", "what that server calls the model [--model]")
     upstream_timeout: int = _setting(3600, "seconds that server may take for one request", low=1)
+    upstream_parallel: int = _setting(1, "requests sent to that server at once; live speech one more", low=1)
     upstream_api_key_file: str = _setting("", "file with the key that server wants")
     data_dir: str = _setting(
         "", "folder for jobs: a database, and the audio of those not finished (default: no jobs)"
     )
     live_model: str = _setting(
         "", "small model for what is being said, until it was said (default: the same as for the rest)"
+    )
+    live_revision: str = _setting(
+        "", "commit, tag or branch of the small model's hub repository (default: the cached main)"
     )
     live_limit: int = _setting(8, "live sessions at the same time (0: none); more get status 429", low=0)
     live_resume_seconds: int = _setting(
@@ -124,6 +132,17 @@ class Settings:
     webhook_allow: str = _setting(
         "",
         "networks and host names that webhooks may call although they are loopback, link-local or metadata",
+    )
+    max_decode_mib: int = _setting(
+        256, "memory of the process that decodes one upload, in MiB; its samples do not count", low=64
+    )
+    diarization: str = _setting(
+        "off",
+        "who tells speakers apart: the upstream (Speaches), or pyannote.audio here",
+        choices=DIARIZATION,
+    )
+    diarization_model: str = _setting(
+        "pyannote/speaker-diarization-community-1", "pipeline of pyannote.audio: hub id, or a local folder"
     )
     api_key_file: str = _setting(
         "", "file with the bearer key clients must send (an empty one: no key needed)"
@@ -242,10 +261,14 @@ def _check(settings: Settings) -> tuple[Settings, list[str]]:
     for name in ("upstream", "ollama_url"):
         if (url := getattr(settings, name)) and not _URL.match(url):
             problems.append(f"{_flag(name)}: {url!r} is no URL such as http://127.0.0.1:8001")
+    if settings.diarization == "upstream" and not settings.upstream:
+        problems.append("--diarization: upstream needs --upstream, the URL of a Speaches")
     try:
         fallbacks(settings.vram_fallback)
     except ValueError as error:
         problems.append(f"--vram-fallback: {error}")
+    if settings.vram_fallback and settings.upstream:
+        problems.append("--vram-fallback: what --upstream loads is set there; leave this out")
     if settings.vram_policy == "exclusive" and settings.ttl < 0:
         changes["ttl"] = 0  # who is alone on the card goes when idle
     try:

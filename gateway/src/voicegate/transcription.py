@@ -15,7 +15,8 @@ from voicegate.uploads import Form
 
 GRANULARITIES = ("segment", "word")
 SUBTITLES = ("srt", "vtt")
-RESULTS = ("json", "text", "txt", "srt", "vtt", "verbose_json")  # of a job
+TRANSCRIPTS = (*formats.FORMATS, formats.DIARIZED)
+RESULTS = ("json", "text", "txt", "srt", "vtt", "verbose_json", formats.DIARIZED)  # of a job
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Asked:
     granularities: tuple[str, ...]
     stream: bool
     layout: subtitles.Layout | None = None
+
+    @property
+    def diarized(self) -> bool:
+        """Whether speakers are to be told apart."""
+        return self.response_format == formats.DIARIZED
 
 
 def parse_subtitles(form: Form, task: Task, model: ModelName, settings: Settings) -> Asked:
@@ -45,7 +51,7 @@ def parse_job(form: Form, model: ModelName, settings: Settings) -> Asked:
     granularities = asked.granularities if form.list("timestamp_granularities") else GRANULARITIES
     return replace(
         asked, stream=False, layout=_layout(form), granularities=granularities,
-        options=replace(asked.options, words="word" in granularities),
+        options=replace(asked.options, words=asked.diarized or "word" in granularities),
     )  # fmt: skip
 
 
@@ -155,7 +161,7 @@ def parse(
     task: Task,
     model: ModelName,
     settings: Settings,
-    kinds: tuple[str, ...] = formats.FORMATS,
+    kinds: tuple[str, ...] = TRANSCRIPTS,
 ) -> Asked:
     """The request in `form`; ApiError names what is wrong. The first of `kinds` is the default format."""
     requested = form.get("model")
@@ -166,14 +172,7 @@ def parse(
         raise errors.missing("file")
     if form.upload.size == 0:
         raise errors.bad_audio("it is empty")
-    if form.get("response_format") == "diarized_json":
-        raise errors.invalid(
-            "Nothing on this server tells speakers apart, so it cannot give 'diarized_json'."
-            f" Supported values are: {_quoted(kinds)}.",
-            "response_format",
-            "diarization_unavailable",
-        )
-    response_format = _one_of("response_format", form.get("response_format") or kinds[0], kinds)
+    response_format = _response_format(form, task, settings, kinds)
     granularities = _granularities(form)
     stream = task == "transcribe" and _boolean(form.get("stream"), "stream")
     if stream and response_format not in ("json", "text"):
@@ -182,7 +181,9 @@ def parse(
             "response_format",
             "invalid_value",
         )
-    words = "word" in granularities and (stream or response_format == "verbose_json")
+    words = response_format == formats.DIARIZED or (
+        "word" in granularities and (stream or response_format == "verbose_json")
+    )
     options = Options(
         task=task,
         language=_language(form, settings),
@@ -193,6 +194,22 @@ def parse(
         model="" if known else requested,
     )
     return Asked(form.upload, options, response_format, granularities, stream)
+
+
+def _response_format(form: Form, task: Task, settings: Settings, kinds: tuple[str, ...]) -> str:
+    asked = form.get("response_format") or kinds[0]
+    if asked == formats.DIARIZED and settings.diarization == "off":
+        raise errors.no_diarization()
+    for param in ("known_speaker_names", "known_speaker_references"):
+        if form.list(param):
+            raise errors.invalid(
+                f"This server does not know speakers by name; leave {param} out. It calls them A, B, …",
+                param,
+                "known_speakers_unsupported",
+            )
+    if settings.diarization == "off" or task == "translate":
+        kinds = tuple(kind for kind in kinds if kind != formats.DIARIZED)
+    return _one_of("response_format", asked, kinds)
 
 
 def _language(form: Form, settings: Settings) -> str | None:
@@ -261,6 +278,10 @@ def answer(asked: Asked, info: Info, segments: list[Segment]) -> Response:
                     with_words="word" in asked.granularities,
                 )
             )
+        case formats.DIARIZED:
+            if info.turns is None:
+                raise errors.not_diarized()
+            return JSONResponse(formats.as_diarized_json(segments, info))
         case _:
             body = formats.as_json(segments, info)
             if info.task == "translate":

@@ -15,7 +15,9 @@ from voicegate import errors, languages, models
 from voicegate.engine import Capabilities, Info, LoadState, Options, Rank, Segment, Source, Status, Word
 from voicegate.errors import ApiError
 from voicegate.logs import event, request_id
+from voicegate.peace import Peace
 from voicegate.settings import Settings
+from voicegate.speaches import SpeachesTenant, Unreachable
 from voicegate.worker import Job, OneStep, Worker, stream
 
 CONNECT_TIMEOUT = 5.0  # seconds
@@ -29,32 +31,29 @@ CHUNK = 256 * 1024
 ANSWER_LIMIT = 256 * 1024 * 1024
 
 
-class Unreachable(Exception):
-    """Nothing was sent that could have been done: it may be sent again."""
-
-
 class UpstreamEngine:
-    """Whole files, one at a time; what a file says comes when the upstream has all of it."""
+    """Whole files, as many at once as it takes; what one says comes when the upstream has all of it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._url = settings.upstream.rstrip("/").removesuffix("/v1")
+        self._url = address(settings)
         self._model = settings.upstream_model or models.resolve(settings.model).id
-        key = settings.upstream_api_key
-        self._client = httpx2.AsyncClient(
-            base_url=self._url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
-            trust_env=False,  # a proxy is for the world, and this is a neighbour
-        )
-        self._worker = Worker(settings.queue_limit)
+        self._client = client(settings)
+        self._worker = Worker(settings.queue_limit, parallel=settings.upstream_parallel, live_beyond=True)
         self._state: LoadState = "loading"
         self._error: str | None = None
         self._there = asyncio.Event()
         self._probing: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.peace = Peace.of(settings)
+        self._tenant = (
+            None if self.peace is None else SpeachesTenant(settings, self.peace, self._client, self._model)
+        )
 
     async def start(self) -> None:
         """Never fails: an upstream that is not there yet may come."""
+        if self._tenant is not None:
+            self._tenant.watch()
         self._probing = asyncio.create_task(self._probe())
         await self._there.wait()
 
@@ -64,12 +63,18 @@ class UpstreamEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._probing
         await self._worker.close()
+        if self._tenant is not None:
+            await self._tenant.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._client.aclose()
 
     def status(self) -> Status:
+        away = self._tenant is not None and self._tenant.away
         return Status(
             engine=f"upstream {self._url}",
-            state=self._state,
+            state="unloaded" if away and self._state == "loaded" else self._state,
             device="upstream",
             compute_type="upstream",
             waiting=self._worker.waiting,
@@ -90,12 +95,16 @@ class UpstreamEngine:
         def make(job: Job[Info | Segment]) -> OneStep:
             return OneStep(lambda: self._transcribe(job, source, options))
 
-        async with contextlib.aclosing(stream(self._worker, make, rank, client)) as items:
-            async for item in items:
-                yield item
+        # Also while it waits for its turn: between two requests nobody is idle.
+        at_work = contextlib.nullcontext() if self._tenant is None else self._tenant.at_work()
+        with at_work:
+            async with contextlib.aclosing(stream(self._worker, make, rank, client)) as items:
+                async for item in items:
+                    yield item
 
     async def _transcribe(self, job: Job[Info | Segment], source: Source, options: Options) -> None:
-        asking = asyncio.create_task(self._ask(source.descriptor(), options))
+        sent = asyncio.Event()
+        asking = asyncio.create_task(self._ask(source, options, sent))
         leaving = asyncio.create_task(job.cancelled.wait())
         try:
             await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -104,26 +113,48 @@ class UpstreamEngine:
             for item in read_answer(asking.result(), options):
                 job.emit(item)
         finally:
-            for task in (asking, leaving):
-                task.cancel()
-            await asyncio.gather(asking, leaving, return_exceptions=True)
+            leaving.cancel()
+            if self._tenant is not None and sent.is_set():
+                # It works on that whether somebody listens or not: its model is in use until it answers.
+                self._keep(asking)
+            else:
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
 
-    async def _ask(self, descriptor: int, options: Options) -> dict[str, Any]:
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        def done(task: asyncio.Task[Any]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled():
+                task.exception()  # nobody is left to hear it
+
+        self._tasks.add(task)
+        task.add_done_callback(done)
+
+    async def _ask(self, source: Source, options: Options, sent: asyncio.Event) -> dict[str, Any]:
+        model = self._model_for(options)
         route = "translations" if options.task == "translate" else "transcriptions"
-        deadline = asyncio.get_running_loop().time() + PATIENCE
+        deadline: float | None = None  # from when it could not be reached; waiting for room is no part of it
         while True:
+            using = contextlib.nullcontext() if self._tenant is None else self._tenant.using(model)
             try:
-                return await self._post(f"/v1/audio/{route}", descriptor, options)
+                async with using:
+                    return await self._post(f"/v1/audio/{route}", source.descriptor(), options, sent)
             except Unreachable as error:
                 self._note(str(error))
-                if asyncio.get_running_loop().time() > deadline:
+                now = asyncio.get_running_loop().time()
+                deadline = deadline or now + PATIENCE
+                if now > deadline:
                     raise errors.engine_unreachable(self._url) from error
                 await asyncio.sleep(PROBE_PAUSES[0])
 
-    async def _post(self, path: str, descriptor: int, options: Options) -> dict[str, Any]:
-        draft = self._settings.live_model if options.draft else ""
-        form = fields(options.model or draft or self._model, options)
-        body, length, content_type = multipart(form, descriptor)
+    def _model_for(self, options: Options) -> str:
+        return options.model or (self._settings.live_model if options.draft else "") or self._model
+
+    async def _post(
+        self, path: str, descriptor: int, options: Options, sent: asyncio.Event
+    ) -> dict[str, Any]:
+        form = fields(self._model_for(options), options)
+        body, length, content_type = multipart(form, descriptor, sent)
         headers = {"content-type": content_type, "content-length": str(length)}
         if current := request_id.get():
             headers["x-request-id"] = current
@@ -157,8 +188,12 @@ class UpstreamEngine:
     # -- whether it is there
 
     async def _probe(self) -> None:
+        there = False
         while True:
             self._note(await self._problem())
+            if self._tenant is not None and self._error is None and not there:
+                self._keep(asyncio.create_task(self._tenant.arrive()))
+            there = self._error is None
             await asyncio.sleep(PROBE_PAUSES[self._error is None])
 
     async def _problem(self) -> str | None:
@@ -179,6 +214,22 @@ class UpstreamEngine:
         self._state, self._error = state, problem
         if problem is None:
             self._there.set()
+        elif self._tenant is not None:
+            self._tenant.note_gone()
+
+
+def address(settings: Settings) -> str:
+    return settings.upstream.rstrip("/").removesuffix("/v1")
+
+
+def client(settings: Settings) -> httpx2.AsyncClient:
+    key = settings.upstream_api_key
+    return httpx2.AsyncClient(
+        base_url=address(settings),
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(settings.upstream_timeout, connect=CONNECT_TIMEOUT),
+        trust_env=False,  # a proxy is for the world, and this is a neighbour
+    )
 
 
 def fields(model: str, options: Options) -> list[tuple[str, str]]:
@@ -197,8 +248,13 @@ def fields(model: str, options: Options) -> list[tuple[str, str]]:
     return result
 
 
-def multipart(form: list[tuple[str, str]], descriptor: int) -> tuple[AsyncIterator[bytes], int, str]:
-    """A body that reads the file piece by piece, its length in bytes, its content type."""
+def multipart(
+    form: list[tuple[str, str]], descriptor: int, sent: asyncio.Event | None = None
+) -> tuple[AsyncIterator[bytes], int, str]:
+    """A body that reads the file piece by piece, its length in bytes, its content type.
+
+    `sent` is set when the file is not needed any more.
+    """
     boundary = os.urandom(16).hex()
     head = "".join(
         f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
@@ -217,6 +273,8 @@ def multipart(form: list[tuple[str, str]], descriptor: int) -> tuple[AsyncIterat
         while data := await asyncio.to_thread(os.pread, descriptor, CHUNK, offset):
             offset += len(data)
             yield data
+        if sent is not None:
+            sent.set()
         yield last
 
     return body(), len(first) + size + len(last), f"multipart/form-data; boundary={boundary}"
@@ -285,7 +343,7 @@ def _segment(item: dict[str, Any]) -> Segment:
 
 def refused(status: int, body: bytes, model: str, retry_after: str | None) -> ApiError:
     """What an upstream's failure means for whoever asked here."""
-    message = _message(body)
+    message = message_of(body)
     if "out of memory" in message.casefold():
         return errors.out_of_memory()
     match status:
@@ -309,7 +367,7 @@ def refused(status: int, body: bytes, model: str, retry_after: str | None) -> Ap
     return errors.unavailable(f"The speech engine failed with status {status}.", "engine_failed")
 
 
-def _message(body: bytes) -> str:
+def message_of(body: bytes) -> str:
     """The sentence in an error's body, whatever its shape; at most 300 characters."""
     try:
         value: Any = json.loads(body)

@@ -19,9 +19,9 @@ import faster_whisper
 import numpy as np
 from faster_whisper.audio import pad_or_trim
 from faster_whisper.transcribe import restore_speech_timestamps
-from faster_whisper.vad import VadOptions, collect_chunks, get_speech_timestamps, get_vad_model
 
-from voicegate import audio, errors
+from voicegate import audio, errors, speech
+from voicegate.decoder import Decoder
 from voicegate.engine import Info, Options, Segment, Word
 from voicegate.errors import ModelUnavailable
 from voicegate.logs import event
@@ -67,6 +67,7 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.feature_extractor = speech.Spectrum(**self.feat_kwargs)
         self._encoded: collections.deque[tuple[np.ndarray[Any, Any], Any]] = collections.deque(maxlen=4)
         self._lock = threading.Lock()
 
@@ -99,12 +100,13 @@ class OneEncoding(faster_whisper.WhisperModel):  # type: ignore[misc]  # the pac
 class Whisper:
     """The model and what it does. Lives in the engine's process."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
+    def __init__(self, settings: Settings, folder: Path, decoder: Decoder) -> None:
         self.device = settings.device
         self.compute_type = settings.compute_type
         self._settings = settings
         self._folder = folder
         self._threads = settings.cpu_threads or default_threads()
+        self._decoder = decoder
         self._model = self._load()
 
     @property
@@ -170,8 +172,7 @@ class Whisper:
                 f"the model {self._settings.model} knows only English; --language is {language}"
             )
         # A missing CUDA library shows up at the first use only, and first uses are slow: do them now.
-        get_vad_model()
-        get_speech_timestamps(np.zeros(audio.RATE, np.float32), VadOptions())
+        speech.find(np.zeros(audio.RATE, np.int16))
         noise = np.random.default_rng(0).normal(0, 0.05, audio.RATE).astype(np.float32)
         for _ in model.transcribe(noise, max_new_tokens=8, temperature=0.0)[0]:
             pass
@@ -206,24 +207,21 @@ class Whisper:
     def _open(
         self, source: BinaryIO, options: Options, cancelled: Callable[[], bool]
     ) -> tuple[Info, Iterator[Segment]] | None:
-        samples = audio.decode(
-            source,
-            max_seconds=self._settings.max_audio_minutes * 60,
-            timeout=self._settings.max_decode_seconds,
-            cancelled=cancelled,
-        )
-        if cancelled():
+        decoded = self._decoder.decode(source, cancelled)
+        if decoded is None:
             return None
         language = options.language
         if language is not None and language not in self._model.supported_languages:
             raise errors.only_english(self._settings.model)
+        samples = np.frombuffer(decoded, np.int16)
         duration = samples.shape[0] / audio.RATE
-        speech: list[dict[str, Any]] | None = None
+        spans: list[dict[str, int]] = []
         if self._settings.vad and not options.draft:  # of a draft it is known to be speech
-            speech = get_speech_timestamps(samples, VadOptions())
-            if not speech:
+            spans = speech.find(samples, cancelled)
+            if not spans:
                 return Info(options.task, language, duration, 0.0), iter(())
-            samples = np.concatenate(collect_chunks(samples, speech)[0], axis=0)
+            samples = speech.collect(samples, spans)
+        del decoded  # with what was not said
         if cancelled():
             return None
         segments, found = self._model.transcribe(
@@ -235,8 +233,8 @@ class Whisper:
             hotwords=options.hotwords,
             word_timestamps=options.words,
         )
-        if speech:
-            segments = restore_speech_timestamps(segments, speech, audio.RATE)
+        if spans:
+            segments = restore_speech_timestamps(segments, spans, audio.RATE)
         info = Info(options.task, found.language, duration, found.duration)
         return info, self._segments(segments)
 

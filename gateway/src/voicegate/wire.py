@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from voicegate.engine import Info, Options, Segment, Word
+from voicegate.engine import Info, Options, Segment, Turn, Word
 from voicegate.errors import ApiError
 from voicegate.settings import SECRETS, Settings
 
@@ -46,7 +46,12 @@ def options_from(value: Mapping[str, Any]) -> Options:
 
 
 def info_from(value: Mapping[str, Any]) -> Info:
-    return Info(**value)
+    turns = value.get("turns")
+    return Info(**{**value, "turns": None if turns is None else turns_from(turns)})
+
+
+def turns_from(values: Sequence[Mapping[str, Any]]) -> tuple[Turn, ...]:
+    return tuple(Turn(**value) for value in values)
 
 
 def segment_from(value: Mapping[str, Any]) -> Segment:

@@ -7,6 +7,9 @@ the audio, finding the speech) happens beside that, so that it costs the engine 
 
 The order (`choose`): whoever waited too long for its rank gets one step; else the better rank; in it the
 client that had the least of the engine's time; then who came first.
+
+An engine elsewhere may take several at once (`parallel`), and a step there may be a whole file: then live
+speech goes one beyond (`live_beyond`).
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from voicegate import errors
 from voicegate.engine import Rank
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # Seconds without a step after which one is due whatever else waits: a file moves on by a segment a minute
 # at the least, under any load.
@@ -87,6 +91,18 @@ class Job(Generic[T]):
     def end(self, error: BaseException | None = None) -> None:
         self._items.put_nowait(error)
 
+    async def unless_cancelled(self, work: Coroutine[Any, Any, R]) -> R | None:
+        """The result of `work`; None if nobody wants this job any more, and then the work is cancelled."""
+        doing = asyncio.create_task(work)
+        leaving = asyncio.create_task(self.cancelled.wait())
+        try:
+            await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            return doing.result() if doing.done() else None
+        finally:
+            for task in (doing, leaving):
+                task.cancel()
+            await asyncio.gather(doing, leaving, return_exceptions=True)
+
     async def next(self) -> T | None:
         """The next item, None at the end; raises what the work raised."""
         item = await self._items.get()
@@ -95,10 +111,28 @@ class Job(Generic[T]):
         return item
 
 
+class Stepping(NamedTuple):
+    """A job in the middle of a step, since when (on the clock), and the task that waits for its end."""
+
+    job: Job[Any]
+    started: float
+    task: asyncio.Task[None]
+
+
 class Worker:
-    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limit: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        parallel: int = 1,
+        live_beyond: bool = False,
+    ) -> None:
         self.limit = limit
         self._clock = clock
+        self._parallel = parallel
+        self._live_beyond = live_beyond
+        self._stepping: dict[int, Stepping] = {}  # by order
         self._jobs: dict[int, Job[Any]] = {}  # by order
         self._numbers = itertools.count()
         self._served: dict[tuple[Rank, str], float] = {}
@@ -111,24 +145,29 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Interactive requests that are not being worked on."""
-        current = self._current
-        return self._interactive() - int(current is not None and current.rank == Rank.INTERACTIVE)
+        return self._interactive() - sum(job.rank == Rank.INTERACTIVE for job in self._working().values())
 
     @property
     def running(self) -> int:
-        return int(self._current is not None)
+        return len(self._working())
+
+    def _working(self) -> dict[int, Job[Any]]:
+        """Those in the middle of a step, and the one that took or prepares one last."""
+        working = {order: stepping.job for order, stepping in self._stepping.items()}
+        return working if self._current is None else {**working, self._current.order: self._current}
 
     def _interactive(self) -> int:
         return sum(job.rank == Rank.INTERACTIVE for job in self._jobs.values())
 
     def retry_after(self) -> int:
         """Seconds until there should be room again, from how long recent jobs took."""
-        return min(60, max(1, round(self._mean_seconds * max(1, self.waiting) / 2)))
+        seconds = self._mean_seconds * max(1, self.waiting) / self._parallel
+        return min(60, max(1, round(seconds / 2)))
 
     def check_room(self) -> None:
         """Refuse early, before an upload is read; `submit` decides."""
         # Stored jobs give way and live sessions have a limit of their own: neither is in the way.
-        if self._interactive() > self.limit:
+        if self._interactive() >= self.limit + self._parallel:
             raise errors.queue_full(self.limit, self.retry_after())
 
     def submit(
@@ -165,8 +204,9 @@ class Worker:
     async def close(self) -> None:
         """Refuse what waits and what comes, stop what runs at its next step."""
         self._closed = True
+        working = self._working()
         for job in list(self._jobs.values()):
-            if job is not self._current:
+            if job.order not in working:
                 job.end(errors.unavailable("The server is shutting down.", "shutting_down"))
             self.cancel(job)
         if self._task is not None:
@@ -183,9 +223,10 @@ class Worker:
         )
         for job in waiting:
             key = (job.rank, job.client)
-            if job.rank != Rank.SERVER and (
-                ranks[job.rank] >= OPEN[job.rank] or clients[key] >= OPEN_PER_CLIENT
-            ):
+            # With several at once as many compute, and the next ones are prepared.
+            most = max(OPEN.get(job.rank, 0), 2 * self._parallel)
+            per_client = max(OPEN_PER_CLIENT, self._parallel + 1)
+            if job.rank != Rank.SERVER and (ranks[job.rank] >= most or clients[key] >= per_client):
                 continue
             ranks[job.rank] += 1
             clients[key] += 1
@@ -207,33 +248,56 @@ class Worker:
     async def _run(self) -> None:
         while self._jobs:
             self._changed.clear()
-            ready = {order: job for order, job in self._jobs.items() if job.ready}
+            ready = {
+                order: job for order, job in self._jobs.items() if job.ready and order not in self._stepping
+            }
             if gone := [job for job in ready.values() if job.cancelled.is_set()]:
                 for job in gone:
                     self._finish(job, None)
                 continue
-            if not ready:
+            candidates = [
+                Candidate(job.rank, job.client, job.order, job.since)
+                for job in ready.values()
+                if self._has_room(job.rank)
+            ]
+            if not candidates:
                 await self._changed.wait()
                 continue
-            candidates = [Candidate(job.rank, job.client, job.order, job.since) for job in ready.values()]
-            await self._step(ready[choose(candidates, self._served, self._clock()).order])
+            now = self._clock()
+            job = ready[choose(candidates, self._shares(now), now).order]
+            self._current = job
+            self._stepping[job.order] = Stepping(job, now, asyncio.create_task(self._step(job, now)))
         self._task = None
 
-    async def _step(self, job: Job[Any]) -> None:
-        self._current = job
-        started = self._clock()
+    def _has_room(self, rank: Rank) -> bool:
+        """Whether one more may begin a step; live speech also beside others that have taken all the room."""
+        if len(self._stepping) < self._parallel:
+            return True
+        others = any(stepping.job.rank != Rank.LIVE for stepping in self._stepping.values())
+        return self._live_beyond and rank == Rank.LIVE and others and len(self._stepping) == self._parallel
+
+    def _shares(self, now: float) -> Mapping[tuple[Rank, str], float]:
+        """Seconds of the engine by rank and client, with those of the steps that are not done."""
+        shares = dict(self._served)
+        for job, started, _unused in self._stepping.values():
+            shares[job.rank, job.client] = shares.get((job.rank, job.client), 0.0) + now - started
+        return shares
+
+    async def _step(self, job: Job[Any], started: float) -> None:
         error: Exception | None = None
         try:
             more = await job.work.step()
         except Exception as caught:  # handed to whoever waits
             more, error = False, caught
         now = self._clock()
+        del self._stepping[job.order]
         job.since = now
         job.seconds += now - started
         self._served[job.rank, job.client] += now - started
         if not more:
             self._mean_seconds += (job.seconds - self._mean_seconds) / 4
             self._finish(job, error)
+        self._changed.set()
 
     def _finish(self, job: Job[Any], error: BaseException | None) -> None:
         job.ready = False
@@ -247,7 +311,9 @@ class Worker:
         if not any((other.rank, other.client) == key for other in self._jobs.values()):
             self._served.pop(key, None)
         if self._current is job:
-            self._current = next((item for item in self._jobs.values() if item.preparing is not None), None)
+            stepping = [step.job for step in self._stepping.values()]
+            others = [item for item in self._jobs.values() if item.preparing is not None]
+            self._current = next(iter(stepping + others), None)
         self._admit()
         self._changed.set()
 
