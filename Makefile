@@ -67,7 +67,7 @@ lint: setup ## Run ruff, mypy, yamllint and ansible-lint
 	$(BIN)/ansible-lint --offline
 
 unit: setup ## Run the tests that need no daemon
-	$(BIN)/pytest -q -m "not incus and not speaches" tests/unit gateway/tests
+	$(BIN)/pytest -q --numprocesses 2 --dist loadfile -m "not incus and not speaches" gateway/tests tests/unit
 
 sanity: setup ## Run ansible-test sanity on a copy laid out as a collection
 	tests/sanity.sh
