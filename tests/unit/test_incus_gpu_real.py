@@ -131,7 +131,7 @@ def test_two_controllers_at_once_give_a_card_once(lab: Lab, other: Lab) -> None:
             thread.start()
         for thread in threads:
             thread.join(120)
-    assert [str(e).count("another run at the same moment") for e in errors] == [1]
+    assert [str(e).count("another run at the same moment") for e in errors] == [1], errors
     holders = [
         key
         for key, i in state.read(lab.client).instances.items()
