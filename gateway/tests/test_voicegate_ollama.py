@@ -21,7 +21,7 @@ import pytest
 import real_ollama
 from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import ModelTask, OllamaServer, manage
 from llama_server_standin import reply, vector
-from standins import SharedCard, model_of, ollama_with_runner, running
+from standins import SharedCard, engines, model_of, ollama_with_runner, running
 from test_voicegate_jobs import accepted, result, wait
 from voicegate_support import Clip, Server, clips
 
@@ -47,6 +47,36 @@ def ollama_url(tmp_path: Path, card: SharedCard) -> Iterator[str]:
             file.write_bytes(model)
             manage(OllamaServer(url), ModelTask((name,), gguf=str(file)))
         yield url
+
+
+@pytest.fixture
+def start(
+    serve: Callable[..., Server], library: Path, card: SharedCard, ollama_url: str, tmp_path: Path
+) -> Callable[[], Server]:
+    def begin() -> Server:
+        server = serve(
+            "--device", "auto", "--vram-policy", "yield", "--vram-need-mib", str(SPEECH),
+            "--vram-reserve-mib", "200", "--ttl", "0", "--ollama-url", ollama_url,
+            "--data-dir", str(tmp_path / "jobs"),
+            env={"LD_LIBRARY_PATH": str(library), "SOTTOVOCE_NVML_STANDIN": str(card.cards)}, ready=False,
+        )  # fmt: skip
+        card.voicegate = server.process.pid
+        server.wait_ready()
+        return server
+
+    return begin
+
+
+def say(server: Server, clip: Clip) -> str:
+    spoken = server.client().audio.transcriptions
+    return spoken.create(file=clip.path, model="whisper-1", language="en").text
+
+
+def until(good: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not good():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def ask(url: str, path: str, **body: Any) -> Any:
@@ -84,23 +114,35 @@ class Client(threading.Thread):
                 time.sleep(self._rest)
 
 
-def test_mixed_requests_lose_nothing(
-    serve: Callable[..., Server], library: Path, card: SharedCard, ollama_url: str, tmp_path: Path
+def test_a_model_that_answers_goes_when_it_has_answered(
+    start: Callable[[], Server], card: SharedCard, ollama_url: str
 ) -> None:
+    embed(ollama_url, "before all others")
+    server = start()
+    until(lambda: not engines(card.voicegate))
+    prompt = " ".join(map(str, range(200)))  # 4 s
+    chatting = Client([prompt], lambda text: generate(ollama_url, text), 2, 0)
+    until(card.cut_off)
+    [llm] = card.cut_off()
+    speaking = Client(clips("D")[:1], lambda clip: say(server, clip), 2, 0)
+    until(lambda: " step=unload " in server.log)
+    assert card.cut_off() == [llm]  # it was asked to go in the middle
+    for client in (speaking, chatting):
+        client.join(30)
+    assert speaking.answers == [clip.text for clip in speaking.questions]
+    assert chatting.answers == [reply(prompt)]
+    assert card.cut_off() == []
+    assert not running(llm)
+
+
+def test_mixed_requests_lose_nothing(start: Callable[[], Server], card: SharedCard, ollama_url: str) -> None:
     embed(ollama_url, "before all others")
     pinned = set(card.runners())
     generate(ollama_url, "before all others")  # so that voicegate begins without room
-    server = serve(
-        "--device", "auto", "--vram-policy", "yield", "--vram-need-mib", str(SPEECH),
-        "--vram-reserve-mib", "200", "--ttl", "0", "--ollama-url", ollama_url,
-        "--data-dir", str(tmp_path / "jobs"),
-        env={"LD_LIBRARY_PATH": str(library), "SOTTOVOCE_NVML_STANDIN": str(card.cards)},
-    )  # fmt: skip
-    card.voicegate = server.process.pid
+    server = start()
 
-    def say(clip: Clip) -> str:
-        spoken = server.client().audio.transcriptions
-        return spoken.create(file=clip.path, model="whisper-1", language="en").text
+    def speak(clip: Clip) -> str:
+        return say(server, clip)
 
     def store(clip: Clip) -> str:
         return accepted(server, clip.path)
@@ -112,7 +154,7 @@ def test_mixed_requests_lose_nothing(
         return [f"{name} {number}" for number in range(round(REQUESTS * part))]
 
     started = time.monotonic()
-    speaking = [Client(recordings(0.2), say, 10, 1.5) for _client in range(2)]
+    speaking = [Client(recordings(0.2), speak, 10, 1.5) for _client in range(2)]
     storing = Client(recordings(0.1), store, 5, 2)
     chatting = [Client(texts(0.15, name), lambda text: generate(ollama_url, text), 3, 1.5) for name in "ab"]
     embedding = Client(texts(0.2, "c"), lambda text: embed(ollama_url, text), 5, 1)
