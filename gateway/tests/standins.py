@@ -1,4 +1,4 @@
-"""Stand-ins for what fills a card: Ollama and Speaches, as far as memory goes. There is no GPU in the tests.
+"""Stand-ins for what fills a card, as far as memory goes: Ollama, its runners, Speaches. No GPU is needed.
 
 The card itself is tests/support/nvml; its numbers are written here.
 """
@@ -10,18 +10,30 @@ import datetime
 import json
 import os
 import re
+import shutil
 import socket
+import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import nvml_standin
+import real_ollama
+
+
+def write_card(path: Path, total: int, used: int) -> None:
+    """One card for the NVML stand-in, MiB."""
+    text = nvml_standin.DRIVER + nvml_standin.card(memory=f"{total} 0 {used}")
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
 
 
 class OllamaStandIn:
@@ -119,10 +131,7 @@ class OllamaStandIn:
                 "expires_at": until.isoformat()}  # fmt: skip
 
     def write(self) -> None:
-        text = nvml_standin.DRIVER + nvml_standin.card(memory=f"{self.TOTAL} 0 {self.used}")
-        fresh = self.cards.with_suffix(".new")
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, self.cards)
+        write_card(self.cards, self.TOTAL, self.used)
 
 
 class Loading:
@@ -305,3 +314,99 @@ class SpeachesStandIn:
         model.loaded = False
         self.every.remove(model)
         self.ollama.write()
+
+
+class SharedCard:
+    """A card that voicegate's engine and the runners of a real Ollama fill, while their processes are there.
+
+    Runners (`llama_server_standin`) write what they take and do into the journal; a thread reads it and
+    writes the card.
+    """
+
+    TOTAL = 12_000
+
+    def __init__(self, folder: Path, speech: int) -> None:
+        self.folder = folder
+        self.cards = folder / "cards.txt"
+        self.voicegate = 0  # its PID: an engine of it takes `speech` MiB
+        self.most = 0  # MiB in use at once
+        self._speech = speech
+        self._stopping = threading.Event()
+        self._journal = folder / "journal.txt"
+        self._journal.touch()
+        write_card(self.cards, self.TOTAL, 0)
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._thread.join(5)
+
+    def runners(self) -> dict[int, tuple[int, int]]:
+        """All that ever loaded, by PID: MiB on the card and on the CPU."""
+        lines = [line.split() for line in self._journal.read_text().splitlines()]
+        return {int(pid): (int(more[0]), int(more[1])) for kind, pid, *more in lines if kind == "load"}
+
+    def cut_off(self) -> list[int]:
+        """PIDs of runners that ended, or are, in the middle of an answer."""
+        lines = [line.split() for line in self._journal.read_text().splitlines()]
+        begun = Counter(pid for kind, pid, *_more in lines if kind == "begin")
+        begun.subtract(pid for kind, pid, *_more in lines if kind == "end")
+        return [int(pid) for pid, left in begun.items() if left]
+
+    def _keep(self) -> None:
+        written = 0
+        while not self._stopping.wait(0.01):
+            used = sum(here for pid, (here, _cpu) in self.runners().items() if running(pid))
+            used += self._speech * len(engines(self.voicegate))
+            self.most = max(self.most, used)
+            if used != written:
+                write_card(self.cards, self.TOTAL, used)
+                written = used
+
+
+def running(pid: int) -> bool:
+    """One that ended and was not waited for holds nothing any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def engines(voicegate: int) -> list[int]:
+    """PIDs of a voicegate's engines: each has a context on the card, and a model or is about to."""
+    found = []
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/{voicegate}/task/{voicegate}/children").read_text().split():
+            if b"voicegate.engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes() and running(int(pid)):
+                found.append(int(pid))
+    return found
+
+
+@contextlib.contextmanager
+def ollama_with_runner(program: str, home: Path, card: SharedCard) -> Iterator[str]:
+    """The real Ollama with the stand-in for llama-server where it looks for that; its URL."""
+    for folder in ("bin", "lib/ollama"):
+        (home / folder).mkdir(parents=True)
+    shutil.copy(program, home / "bin/ollama")
+    runner = home / "lib/ollama/llama-server"
+    script = Path(__file__).with_name("llama_server_standin.py")
+    runner.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{script}" "$@"\n', encoding="utf-8")
+    runner.chmod(0o755)
+    with real_ollama.serving(
+        str(home / "bin/ollama"), home, {"SOTTOVOCE_STANDIN_CARD": str(card.folder)}
+    ) as url:
+        yield url
+
+
+def model_of(mib: int, **more: int) -> bytes:
+    """A GGUF that takes so many MiB, as Ollama reckons from its metadata and as the stand-in has it.
+
+    Keys and values of one layer, 16 bits each: heads * 256 * 1024 positions * 2 * 2 bytes.
+    """
+    shape = {
+        "llama.context_length": 1024,
+        "llama.embedding_length": 256,
+        "llama.attention.head_count_kv": mib,
+    }
+    return real_ollama.tiny_gguf(mib, {**shape, **{f"llama.{key}": value for key, value in more.items()}})

@@ -10,8 +10,6 @@ import hashlib
 import http.server
 import json
 import os
-import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.sottovoce.stack.plugins.module_utils import _ollama, _ollama_source, _vram_relief
+import real_ollama
+from ansible_collections.sottovoce.stack.plugins.module_utils import _ollama, _vram_relief
 from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import (
     Limits,
     ModelTask,
@@ -31,73 +30,18 @@ from ansible_collections.sottovoce.stack.plugins.module_utils._ollama import (
     RegistryUnreachable,
     manage,
 )
+from real_ollama import free_port, tiny_gguf
 
 # --- the real server -------------------------------------------------------------------------------------
 
 
-def tiny_gguf(number: int) -> bytes:
-    """A model of 32 numbers: enough for the server to take it in."""
-
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    def pair(key: str, value: str | int) -> bytes:
-        if isinstance(value, str):
-            return text(key) + struct.pack("<I", 8) + text(value)
-        return text(key) + struct.pack("<II", 4, value)
-
-    pairs: dict[str, str | int] = {
-        "general.architecture": "llama",
-        "general.name": f"tiny {number}",
-        "general.file_type": 0,
-        "llama.block_count": 1,
-        "llama.context_length": 32,
-        "llama.embedding_length": 8,
-        "llama.attention.head_count": 1,
-    }
-    data = b"GGUF" + struct.pack("<IQQ", 3, 1, len(pairs)) + b"".join(pair(*item) for item in pairs.items())
-    data += text("token_embd.weight") + struct.pack("<IQQIQ", 2, 8, 4, 0, 0)
-    data += bytes(-len(data) % 32)
-    return data + struct.pack("<32f", *([float(number)] * 32))
-
-
-def built_ollama() -> str | None:
-    found = sorted(_ollama_source.cache_folder("").glob("*/ollama"))
-    return os.environ.get("OLLAMA_TEST_BINARY") or (str(found[-1]) if found else None)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    program = built_ollama()
+    program = real_ollama.program()
     if not program:
-        pytest.skip(
-            "no Ollama in $OLLAMA_TEST_BINARY, and none built yet (ollama_server with ollama_source: go)"
-        )
-    home = tmp_path_factory.mktemp("ollama")
-    url = f"http://127.0.0.1:{free_port()}"
-    environ = {**os.environ, "HOME": str(home), "OLLAMA_HOST": url, "OLLAMA_MODELS": str(home / "models")}
-    with (
-        (home / "log").open("w") as log,
-        subprocess.Popen([program, "serve"], env=environ, stdout=log, stderr=log) as process,
-    ):
-        try:
-            for _try in range(100):
-                with contextlib.suppress(OllamaError):
-                    assert OllamaServer(url).version()
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.fail(f"the server did not start:\n{(home / 'log').read_text()[-2000:]}")
-            yield url
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
+        pytest.skip(real_ollama.NOT_BUILT)
+    with real_ollama.serving(program, tmp_path_factory.mktemp("ollama")) as url:
+        yield url
 
 
 def test_real_server_makes_a_model_from_a_file_once(real: str, tmp_path: Path) -> None:
