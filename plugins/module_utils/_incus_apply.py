@@ -259,8 +259,7 @@ class Applier:
         if self._opens_first(step):
             made = {**made, "config": {**made["config"], "restricted": "false"}}
         try:
-            collection = path_of(step, collection=True)
-            self._run(client, "POST", collection, step, body=made, query=step.query or None)
+            self._post(client, step, made)
         except IncusError as exc:
             if not (isinstance(exc, IncusConflict) or "already exists" in str(exc)):
                 raise
@@ -268,6 +267,19 @@ class Applier:
         else:
             if step.members:  # Incus 6.0 keeps what it was announced with: no description
                 self._update(client, step)
+
+    def _post(self, client: IncusClient, step: Step, made: Obj) -> None:
+        """Where Incus starts a bridge's dnsmasq beside another change of bridges, that may end at once."""
+        for attempt in range(ATTEMPTS):
+            try:
+                collection = path_of(step, collection=True)
+                self._run(client, "POST", collection, step, body=made, query=step.query or None)
+            except IncusError as exc:
+                if "service exited prematurely" not in str(exc) or attempt == ATTEMPTS - 1:
+                    raise
+                self.sleep(0.5)
+            else:
+                return
 
     def _read(self, client: IncusClient, step: Step) -> tuple[Obj, str | None]:
         response = client.get(path_of(step), project=self._project(step))

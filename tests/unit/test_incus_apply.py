@@ -362,6 +362,26 @@ def test_bridges_are_removed_one_at_a_time_and_again_if_another_vanished(server:
     assert len(tries) == 7
 
 
+@pytest.mark.parametrize(("failures", "made"), [(1, True), (99, False)])
+def test_a_bridge_whose_dnsmasq_ended_is_made_again(server: FakeServer, failures: int, made: bool) -> None:
+    tries: list[str] = []
+
+    def hook(method: str, path: str, body: Any) -> None:
+        if method == "POST" and "networks" in path:
+            tries.append(path)
+            if len(tries) <= failures:
+                raise IncusError('The DNS and DHCP service exited prematurely: exit status 2 ("")', code=500)
+
+    server.hook = hook
+    if made:
+        run(server, desired())
+        assert len(tries) == 2
+    else:
+        with pytest.raises(infra.InfraError, match="exited prematurely"):
+            run(server, desired())
+        assert len(tries) == 5
+
+
 # Leases of cards
 
 CARD = "0000:01:00.0"
